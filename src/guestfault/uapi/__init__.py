@@ -1,0 +1,1 @@
+"""The kernel's binary interface: numbers and ctypes structures under the kernel's own names."""
