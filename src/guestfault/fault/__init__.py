@@ -1,0 +1,1 @@
+"""What a result of ``KVM_RUN`` means, which access it was about, and why that access failed."""

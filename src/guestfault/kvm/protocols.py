@@ -1,0 +1,111 @@
+"""One interface, two KVMs: the three objects that ``/dev/kvm`` and the software KVM both offer.
+
+They follow KVM's own three levels of file descriptor.  Nothing above the rooms ``kvm`` and
+``softkvm`` knows which of the two it runs on.
+
+:meth:`Vcpu.run` returns what the ``KVM_RUN`` ioctl returns, 0 or a negative errno, and leaves the
+rest in :attr:`Vcpu.kvm_run`, which has the kernel's exact layout in software too.  Read the pair
+through :func:`guestfault.fault.outcome.outcome` only: most fields are stale most of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from guestfault.uapi import kvm as uapi
+
+__all__ = ["System", "Vcpu", "Vm"]
+
+
+class Vcpu(Protocol):
+    """One virtual CPU.  Only one thread at a time may be inside :meth:`run`."""
+
+    @property
+    def vcpu_id(self) -> int:
+        """The id it was created with."""
+
+    @property
+    def kvm_run(self) -> uapi.kvm_run:
+        """The page shared with KVM (``struct kvm_run``), live."""
+
+    @property
+    def run_area(self) -> memoryview:
+        """The whole shared area; the data of a ``KVM_EXIT_IO`` is at ``kvm_run.io.data_offset``."""
+
+    def run(self) -> int:
+        """``KVM_RUN``: enter the guest; 0 or a negative errno.  Blocks without holding the GIL."""
+
+    def kick(self) -> None:
+        """From any thread: make a :meth:`run` in progress, or else the next one, return -EINTR.
+
+        It sets ``kvm_run.immediate_exit``, and the :meth:`run` that returns the -EINTR clears it.
+        Kicks that meet in one run are one.
+        """
+
+    def get_regs(self) -> uapi.kvm_regs:
+        """``KVM_GET_REGS``, a copy."""
+
+    def set_regs(self, regs: uapi.kvm_regs) -> None:
+        """``KVM_SET_REGS``."""
+
+    def get_sregs(self) -> uapi.kvm_sregs:
+        """``KVM_GET_SREGS``, a copy."""
+
+    def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
+        """``KVM_SET_SREGS``; raises :class:`~guestfault.errors.KvmError` (EINVAL) on bad state."""
+
+    def translate(self, gva: int) -> uapi.kvm_translation:
+        """``KVM_TRANSLATE``: walk the guest's page tables for a linear address, without faulting."""
+
+    def close(self) -> None:
+        """Release the vCPU.  Not while a thread is inside :meth:`run`."""
+
+
+class Vm(Protocol):
+    """One virtual machine: its memory slots and its vCPUs."""
+
+    def check_extension(self, cap: int) -> int:
+        """``KVM_CHECK_EXTENSION`` on the VM, whose answer can differ from the system's."""
+
+    def enable_cap(self, cap: int, args: tuple[int, ...] = (), flags: int = 0) -> None:
+        """``KVM_ENABLE_CAP``; raises :class:`~guestfault.errors.KvmError` (EINVAL) if refused."""
+
+    def set_user_memory_region(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+    ) -> None:
+        """``KVM_SET_USER_MEMORY_REGION``; a size of 0 deletes the slot.
+
+        Raises :class:`~guestfault.errors.KvmError` with EINVAL for bad arguments and EEXIST for a
+        slot that overlaps another in guest physical memory.
+        """
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """``KVM_GET_DIRTY_LOG``: one bit per page written since the last call, least bit first."""
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """``KVM_CREATE_VCPU``."""
+
+    def close(self) -> None:
+        """Release the VM and every vCPU of it."""
+
+
+class System(Protocol):
+    """``/dev/kvm``, or the software KVM in one dialect."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for people: ``/dev/kvm`` or ``softkvm (seed)``."""
+
+    def check_extension(self, cap: int) -> int:
+        """``KVM_CHECK_EXTENSION``: 0 if absent, else 1 or the capability's number."""
+
+    def create_vm(self) -> Vm:
+        """``KVM_CREATE_VM``."""
+
+    def close(self) -> None:
+        """Release the system's file descriptor."""
