@@ -1,0 +1,212 @@
+"""Where the two stages meet: from a guest virtual access to host memory.
+
+On a TLB miss the processor asks :func:`tlb_fill`.  It walks the guest's own page tables
+(:mod:`guestfault.x86.paging`), whose entries are guest memory too and so go through the second stage
+like any access, then takes the page itself through
+:func:`~guestfault.softkvm.mmu.kvm_mmu_do_page_fault`.  A refusal leaves its reason in
+``vcpu.refusal``.
+
+The same road, outside the processor, serves what KVM itself accesses on the guest's behalf
+(instruction emulation, event delivery): :func:`read_guest_virt` and :func:`write_guest_virt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
+
+from guestfault.softkvm.cpu import DEVICE_WINDOW, Access
+from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.mmu import RetPf, kvm_mmu_do_page_fault
+from guestfault.softkvm.refusal import AccessFailed, Emulate, Exit, GuestException, Refusal
+from guestfault.softkvm.second_stage import PAGE_SIZE, PT_WRITABLE
+from guestfault.x86.paging import (
+    AccessKind,
+    EntryUnreadable,
+    NonCanonical,
+    PageFault,
+    Translation,
+    WalkResult,
+    walk,
+    walk_from,
+)
+from guestfault.x86.registers import (
+    GP_VECTOR,
+    PF_VECTOR,
+    PFERR_FETCH_MASK,
+    PFERR_USER_MASK,
+    PFERR_WRITE_MASK,
+)
+
+__all__ = ["probe_guest_virt", "read_guest_virt", "tlb_fill", "translate", "write_guest_virt"]
+
+_OFFSET = PAGE_SIZE - 1
+_READ, _WRITE, _FETCH = AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH
+_KIND = {int(Access.READ): _READ, int(Access.WRITE): _WRITE, int(Access.FETCH): _FETCH}
+_ERROR_CODE = {_READ: 0, _WRITE: PFERR_WRITE_MASK, _FETCH: PFERR_FETCH_MASK}
+
+
+def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
+    """Answer a TLB miss: (engine-physical page, rights), or ``None`` and ``vcpu.refusal``."""
+    kind = _KIND[access]
+    found = translate(vcpu, gva, kind)
+    if not isinstance(found, Translation):
+        vcpu.refusal = _refused(vcpu, found)
+        return None
+    if found.updates and not _make_updates(vcpu, found):
+        return None
+    gpa = found.gpa
+    page = gpa & ~_OFFSET
+    spte = _spte(vcpu, gpa, kind)
+    if spte:
+        return page, _perms(vcpu, found, spte)
+    devices = vcpu.device_pages
+    if devices is not None and type(vcpu.refusal) is Emulate and kind is not _FETCH:
+        devices[gva & ~_OFFSET] = page
+        return DEVICE_WINDOW + page, UC_PROT_READ | UC_PROT_WRITE
+    return None
+
+
+def _perms(vcpu: KvmVcpu, found: Translation, spte: int) -> int:
+    permits, rights = vcpu.paging.permits, found.rights
+    user, ac = vcpu.cpl == 3, vcpu.smap_ac
+    perms = 0
+    if permits(rights, _READ, user, ac=ac):
+        perms |= UC_PROT_READ
+    # A clean page stays unwritable in the TLB, so that the write that dirties it is seen.
+    if found.dirty and spte & PT_WRITABLE and permits(rights, _WRITE, user, ac=ac):
+        perms |= UC_PROT_WRITE
+    if permits(rights, _FETCH, user, ac=ac):
+        perms |= UC_PROT_EXEC
+    return perms
+
+
+# -- KVM's own accesses ------------------------------------------------------------------------------
+
+
+def read_guest_virt(
+    vcpu: KvmVcpu, gva: int, size: int, *, fetch: bool = False, implicit: bool = False
+) -> bytes:
+    """Read guest memory at a linear address; raises :class:`AccessFailed`.
+
+    ``implicit``: the processor's own accesses, to descriptor tables and the TSS.
+    """
+    parts = []
+    for gpa, n in _resolve(vcpu, gva, size, _FETCH if fetch else _READ, implicit):
+        data = _copy_from_guest(vcpu, gpa, n)
+        if data is None:
+            raise AccessFailed(vcpu.refusal)
+        parts.append(data)
+    return b"".join(parts)
+
+
+def write_guest_virt(vcpu: KvmVcpu, gva: int, data: bytes, *, implicit: bool = False) -> None:
+    """Write guest memory at a linear address; raises :class:`AccessFailed`.
+
+    Every page is resolved before the first byte is written.
+    """
+    for gpa, n in list(_resolve(vcpu, gva, len(data), _WRITE, implicit)):
+        if not _copy_to_guest(vcpu, gpa, data[:n]):
+            raise AccessFailed(vcpu.refusal)
+        data = data[n:]
+
+
+def probe_guest_virt(vcpu: KvmVcpu, gva: int, size: int) -> None:
+    """Make sure that a write would succeed, without writing; raises :class:`AccessFailed`."""
+    for _ in _resolve(vcpu, gva, size, _WRITE, implicit=False):
+        pass
+
+
+def _resolve(
+    vcpu: KvmVcpu, gva: int, size: int, kind: AccessKind, implicit: bool
+) -> Iterator[tuple[int, int]]:
+    """The (gpa, size) pieces of an access, each page of it resolved in both stages."""
+    while size > 0:
+        n = min(size, PAGE_SIZE - (gva & _OFFSET))
+        found = translate(vcpu, gva, kind, implicit=implicit)
+        if not isinstance(found, Translation):
+            raise AccessFailed(_refused(vcpu, found))
+        if not _make_updates(vcpu, found) or not _spte(vcpu, found.gpa, kind):
+            raise AccessFailed(vcpu.refusal)
+        yield found.gpa, n
+        gva, size = gva + n, size - n
+
+
+# -- both stages -------------------------------------------------------------------------------------
+
+
+def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = False) -> WalkResult:
+    """Walk the guest's tables, from the last of them if this neighbourhood was walked before."""
+
+    def read_entry(gpa: int, size: int) -> int | None:
+        data = _copy_from_guest(vcpu, gpa, size)
+        return None if data is None else int.from_bytes(data, "little")
+
+    user, ac, shift = vcpu.cpl == 3, vcpu.smap_ac, vcpu.table_shift
+    table = vcpu.tables.get(gva >> shift) if shift else None
+    if table is not None:
+        return walk_from(vcpu.paging, table, gva, kind, user, read_entry, ac=ac, implicit=implicit)
+    found = walk(vcpu.paging, gva, kind, user, read_entry, ac=ac, implicit=implicit)
+    if type(found) is Translation and found.table is not None and found.table.level == 1:
+        vcpu.tables[gva >> shift] = found.table
+    return found
+
+
+def _make_updates(vcpu: KvmVcpu, found: Translation) -> bool:
+    """Set accessed and dirty bits in the guest's tables; ``False`` if refused."""
+    return all(
+        _copy_to_guest(vcpu, gpa, value.to_bytes(size, "little"))
+        for gpa, value, size in found.updates
+    )
+
+
+def _copy_from_guest(vcpu: KvmVcpu, gpa: int, size: int) -> bytes | None:
+    """Read inside one guest physical page; ``None`` if refused."""
+    while spte := _spte(vcpu, gpa, _READ):
+        data = vcpu.kvm.mm.copy_from_user((spte & ~_OFFSET) + (gpa & _OFFSET), size)
+        if data is not None:
+            return data
+        _drop(vcpu, gpa)
+    return None
+
+
+def _copy_to_guest(vcpu: KvmVcpu, gpa: int, data: bytes) -> bool:
+    """Write inside one guest physical page; ``False`` if refused."""
+    while spte := _spte(vcpu, gpa, _WRITE):
+        if vcpu.kvm.mm.copy_to_user((spte & ~_OFFSET) + (gpa & _OFFSET), data):
+            return True
+        _drop(vcpu, gpa)
+    return False
+
+
+def _drop(vcpu: KvmVcpu, gpa: int) -> None:
+    # The host took the page from under its entry without telling us.  Fault it in again, which
+    # says what is wrong with it.
+    vcpu.kvm.second_stage.sptes.pop(gpa >> 12, None)
+
+
+def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
+    """The second-stage entry that allows the access, faulted in if need be; 0 if refused."""
+    sptes = vcpu.kvm.second_stage.sptes
+    while True:
+        spte = sptes.get(gpa >> 12, 0)
+        if spte and (spte & PT_WRITABLE or kind is not _WRITE):
+            return spte
+        r = kvm_mmu_do_page_fault(
+            vcpu, gpa, _ERROR_CODE[kind] | (PFERR_USER_MASK if vcpu.cpl == 3 else 0)
+        )
+        if r == RetPf.EMULATE:
+            vcpu.refusal = Emulate(gpa, kind)
+            return 0
+        if r < 0:
+            vcpu.refusal = Exit(r)
+            return 0
+
+
+def _refused(vcpu: KvmVcpu, found: PageFault | NonCanonical | EntryUnreadable) -> Refusal:
+    if type(found) is PageFault:
+        return GuestException(PF_VECTOR, found.error_code, found.gva)
+    if type(found) is NonCanonical:
+        return GuestException(GP_VECTOR, 0)
+    return vcpu.refusal  # a table's own access was refused, and said why

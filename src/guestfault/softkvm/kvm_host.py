@@ -1,0 +1,126 @@
+"""``struct kvm`` and ``struct kvm_vcpu``: the state that all of the fault path works on.
+
+As in the kernel, the structures stand below the functions: each module of this room takes one of
+them and does its part.  What userspace holds are the objects of :mod:`guestfault.softkvm.system`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from guestfault.dialect.record import Dialect
+from guestfault.softkvm.cpu import MAX_PHYS, Cpu
+from guestfault.softkvm.memslots import Memslots
+from guestfault.softkvm.mm import Mm
+from guestfault.softkvm.refusal import GuestException, Refusal, Retry
+from guestfault.softkvm.second_stage import SecondStage
+from guestfault.uapi import kvm as uapi
+from guestfault.x86.paging import PagingState, Table
+from guestfault.x86.registers import CR0_PE, CR0_PG, CR4_SMAP, EFER_LMA, X86_EFLAGS_AC
+
+__all__ = ["Kvm", "KvmVcpu", "Request", "VcpuStat"]
+
+MAX_PHYS_BITS = MAX_PHYS.bit_length() - 1
+
+
+class Request:
+    """``KVM_REQ_*``: bits of :attr:`KvmVcpu.requests`."""
+
+    TLB_FLUSH = 1
+    SIGNAL = 2  # somebody kicked the vCPU: what a pending signal is to the kernel
+
+
+@dataclass(slots=True)
+class VcpuStat:
+    """Counters under KVM's names (``struct kvm_vcpu_stat``)."""
+
+    exits: int = 0
+    pf_taken: int = 0
+    pf_fixed: int = 0
+    pf_spurious: int = 0
+    pf_emulate: int = 0
+    mmio_exits: int = 0
+    io_exits: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Kvm:
+    """``struct kvm``."""
+
+    dialect: Dialect
+    mm: Mm
+    second_stage: SecondStage = field(default_factory=SecondStage)
+    memslots: Memslots = field(default_factory=Memslots)
+    slots_lock: threading.Lock = field(default_factory=threading.Lock)
+    vcpus: dict[int, KvmVcpu] = field(default_factory=dict)
+
+
+class KvmVcpu:
+    """``struct kvm_vcpu``.  Everything but ``requests`` belongs to the thread that runs it.
+
+    ``in_guest_mode`` is ``vcpu->mode``: whoever needs the vCPU's attention sets a bit in
+    ``requests`` and then, if it is in guest mode, stops the processor until it has left.
+    """
+
+    def __init__(self, kvm: Kvm, vcpu_id: int, run: uapi.kvm_run, run_area: memoryview) -> None:
+        self.kvm = kvm
+        self.vcpu_id = vcpu_id
+        self.run = run
+        self.run_area = run_area
+        self.stat = VcpuStat()
+        self.requests = 0
+        self.in_guest_mode = False
+        self.thread: int | None = None
+        self.sregs = uapi.kvm_sregs()
+        self.sregs_changed = True
+        self.mapped_memslots = Memslots()
+        self.pending_exception: GuestException | None = None
+        self.complete_userspace_io: Callable[[], int] | None = None
+        self.refusal: Refusal = Retry()
+        self.last_error = ""
+        # The first stage: the registers that decide a walk, and the last tables walked to, as in a
+        # processor's paging-structure caches.  ``device_pages`` is set during a device access only.
+        self.cpl = 0
+        self.paging = PagingState(0, 0, 0, 0)
+        self.table_shift = 0
+        self.tables: dict[int, Table] = {}
+        self.device_pages: dict[int, int] | None = None
+        self.cpu: Cpu  # set by the owner of the vCPU: its hooks are functions over this structure
+
+    @property
+    def rflags(self) -> int:
+        """RFLAGS."""
+        return self.cpu.get("rflags")
+
+    @property
+    def long_mode(self) -> bool:
+        """EFER.LMA."""
+        return bool(self.sregs.efer & EFER_LMA)
+
+    @property
+    def smap_ac(self) -> bool:
+        """RFLAGS.AC, where it matters."""
+        return bool(self.paging.cr4 & CR4_SMAP) and bool(self.rflags & X86_EFLAGS_AC)
+
+    def refresh_cpl(self) -> None:
+        """Read the privilege level from the processor; the guest changes it without telling."""
+        protected = self.sregs.cr0 & CR0_PE
+        self.cpl = self.cpu.cs_selector & 3 if protected else 0
+
+    def load_sregs(self) -> None:
+        """Make the processor's system registers those in :attr:`sregs`."""
+        s = self.sregs
+        self.cpu.load(s)
+        self.paging = PagingState(s.cr0, s.cr3, s.cr4, s.efer, maxphyaddr=MAX_PHYS_BITS)
+        self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
+        self.tables.clear()
+        self.sregs_changed = False
+        self.refresh_cpl()
+
+    def sync_sregs(self) -> uapi.kvm_sregs:
+        """Bring :attr:`sregs` up to date with what the guest has loaded by itself, and give it."""
+        if not self.sregs_changed:
+            self.cpu.read_system(self.sregs)
+        return self.sregs

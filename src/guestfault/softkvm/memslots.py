@@ -1,0 +1,112 @@
+"""Memory slots as KVM keeps and checks them: ``__kvm_set_memory_region`` in virt/kvm/kvm_main.c.
+
+Slots are replaced as a whole list and never changed in place, as the kernel replaces its memslots
+under RCU: a vCPU in the middle of a fault keeps the list it began with and notices by
+``generation``.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+from guestfault.uapi import kvm as uapi
+
+__all__ = ["KVM_USER_MEM_SLOTS", "KvmMemorySlot", "Memslots", "kvm_set_memory_region"]
+
+KVM_USER_MEM_SLOTS = 32764  # what x86 reports for KVM_CAP_NR_MEMSLOTS since 5.12
+_MAX_PAGES = 1 << 31  # KVM_MEM_MAX_NR_PAGES + 1
+_PAGE = 4096
+
+
+@dataclass(slots=True)
+class KvmMemorySlot:
+    """One slot: ``npages`` frames from ``base_gfn``, backed from ``userspace_addr`` on."""
+
+    id: int
+    base_gfn: int
+    npages: int
+    userspace_addr: int
+    flags: int
+    dirty_bitmap: bytearray = field(default_factory=bytearray)
+
+    def hva_of_gfn(self, gfn: int) -> int:
+        """The host address that backs a frame of this slot."""
+        return self.userspace_addr + (gfn - self.base_gfn) * _PAGE
+
+    def mark_page_dirty(self, gfn: int) -> None:
+        """Set the frame's bit in the dirty log, if the slot keeps one."""
+        if self.dirty_bitmap:
+            bit = gfn - self.base_gfn
+            self.dirty_bitmap[bit >> 3] |= 1 << (bit & 7)
+
+
+@dataclass(frozen=True, slots=True)
+class Memslots:
+    """The slots of a VM at one generation, ordered by guest frame number."""
+
+    generation: int = 0
+    slots: tuple[KvmMemorySlot, ...] = ()
+    _bases: tuple[int, ...] = ()
+
+    def gfn_to_memslot(self, gfn: int) -> KvmMemorySlot | None:
+        """The slot that holds a frame, or ``None``: an access there is MMIO."""
+        i = bisect_right(self._bases, gfn) - 1
+        if i >= 0:
+            slot = self.slots[i]
+            if gfn < slot.base_gfn + slot.npages:
+                return slot
+        return None
+
+    def by_id(self, slot_id: int) -> KvmMemorySlot | None:
+        """The slot that userspace created under this number."""
+        return next((s for s in self.slots if s.id == slot_id), None)
+
+    def replaced(self, old: KvmMemorySlot | None, new: KvmMemorySlot | None) -> Memslots:
+        """The next generation, without ``old`` and with ``new``."""
+        kept = [s for s in self.slots if s is not old] + ([new] if new else [])
+        kept.sort(key=lambda s: s.base_gfn)
+        return Memslots(self.generation + 1, tuple(kept), tuple(s.base_gfn for s in kept))
+
+
+def kvm_set_memory_region(
+    memslots: Memslots,
+    mem: uapi.kvm_userspace_memory_region,
+    valid_flags: int,
+) -> tuple[int, KvmMemorySlot | None, KvmMemorySlot | None]:
+    """Check a request as the kernel does: ``(0 or -errno, slot to remove, slot to add)``.
+
+    A request that changes nothing removes and adds nothing.
+    """
+    bad = -errno.EINVAL, None, None
+    if mem.flags & ~valid_flags:
+        return bad
+    if (mem.memory_size | mem.guest_phys_addr | mem.userspace_addr) & (_PAGE - 1):
+        return bad
+    if mem.guest_phys_addr + mem.memory_size >= 1 << 64 or mem.memory_size >> 12 >= _MAX_PAGES:
+        return bad
+    if mem.userspace_addr + mem.memory_size > 1 << 47 or mem.slot >= KVM_USER_MEM_SLOTS:
+        return bad
+    old = memslots.by_id(mem.slot)
+    base_gfn, npages = mem.guest_phys_addr >> 12, mem.memory_size >> 12
+    if npages == 0:
+        return (0, old, None) if old else bad
+    if old:
+        # An existing slot can move or change its flags; its size and backing cannot change.
+        if old.userspace_addr != mem.userspace_addr or old.npages != npages:
+            return bad
+        if (old.flags ^ mem.flags) & uapi.KVM_MEM_READONLY:
+            return bad
+        if old.base_gfn == base_gfn and old.flags == mem.flags:
+            return 0, None, None
+    for other in memslots.slots:
+        if other is not old and (
+            base_gfn < other.base_gfn + other.npages and other.base_gfn < base_gfn + npages
+        ):
+            return -errno.EEXIST, None, None
+    new = KvmMemorySlot(mem.slot, base_gfn, npages, mem.userspace_addr, mem.flags)
+    if mem.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
+        keep = old.dirty_bitmap if old else None
+        new.dirty_bitmap = keep or bytearray((npages + 63) // 64 * 8)
+    return 0, old, new

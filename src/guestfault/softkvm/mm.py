@@ -1,0 +1,74 @@
+"""The host's memory as the fault path sees it: ``get_user_pages`` and the uaccess helpers.
+
+The software KVM runs on the real memory of its own process.  What the kernel decides with page
+tables in hand, we ask the kernel to decide:
+
+- *slow GUP* is ``madvise(MADV_POPULATE_READ/WRITE)``.  It is the kernel's own faulting-in: it sleeps
+  in userfaultfd, fails with the errno that GUP would fail with, and checks the protection.
+- *fast GUP* must neither sleep nor fault anything in: it succeeds if the page is in our page tables
+  (``/proc/self/pagemap``, bit 63) *and* the access is allowed.  A ``PROT_NONE`` page still counts as
+  present there, so the protection is checked by a populate of a page that needs no populating.
+- ``copy_from_user`` and ``copy_to_user`` are :mod:`guestfault.linux.process_memory`.
+
+All of it is behind :class:`Mm`, so that a modelled memory can take the real one's place.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+from guestfault.linux import process_memory
+from guestfault.linux.mapping import populate_read, populate_write
+from guestfault.linux.pagemap import Pagemap
+
+__all__ = ["HostMm", "Mm"]
+
+PAGE_SIZE = 4096
+
+
+class Mm(Protocol):
+    """What the fault path may ask of the host's memory.  Addresses are host virtual (hva)."""
+
+    def get_user_page_fast_only(self, hva: int, write: bool) -> bool:
+        """Whether the page is mapped in for this access.  Never sleeps, never faults it in."""
+
+    def get_user_pages_unlocked(self, hva: int, write: bool) -> int:
+        """Fault the page in; 0 or a negative errno.  May sleep, without holding the GIL."""
+
+    def copy_from_user(self, hva: int, size: int) -> bytes | None:
+        """Read bytes inside one page; ``None`` if they cannot be read."""
+
+    def copy_to_user(self, hva: int, data: bytes) -> bool:
+        """Write bytes inside one page; ``False`` if they cannot be written."""
+
+
+class HostMm:
+    """This process's own memory."""
+
+    def __init__(self) -> None:
+        self._pagemap = Pagemap()
+
+    def get_user_page_fast_only(self, hva: int, write: bool) -> bool:
+        """See :meth:`Mm.get_user_page_fast_only`."""
+        return self._pagemap.present(hva) and self.get_user_pages_unlocked(hva, write) == 0
+
+    def get_user_pages_unlocked(self, hva: int, write: bool) -> int:
+        """See :meth:`Mm.get_user_pages_unlocked`."""
+        page = hva & -PAGE_SIZE
+        r = populate_write(page, PAGE_SIZE) if write else populate_read(page, PAGE_SIZE)
+        # madvise tells a missing mapping (ENOMEM) and a forbidden access (EINVAL) apart from a
+        # fault that failed; to get_user_pages they are all EFAULT.
+        return -errno.EFAULT if r in (-errno.ENOMEM, -errno.EINVAL) else r
+
+    def copy_from_user(self, hva: int, size: int) -> bytes | None:
+        """See :meth:`Mm.copy_from_user`."""
+        return process_memory.read(hva, size)
+
+    def copy_to_user(self, hva: int, data: bytes) -> bool:
+        """See :meth:`Mm.copy_to_user`."""
+        return process_memory.write(hva, data)
+
+    def close(self) -> None:
+        """Close ``/proc/self/pagemap``."""
+        self._pagemap.close()

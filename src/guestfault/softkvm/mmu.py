@@ -1,0 +1,167 @@
+"""A second-stage page fault: from a guest physical access to an entry for it, or why there is none.
+
+This is the part of ``arch/x86/kvm/mmu/mmu.c`` that the seed thread argues about, under its names:
+:func:`kvm_mmu_do_page_fault` takes the failed access, :func:`kvm_faultin_pfn` finds the host page,
+:func:`kvm_handle_error_pfn` ends in the -EFAULT, annotated or bare, :func:`direct_map` installs the
+entry.
+
+The race with an invalidation is Linux's ``mmu_invalidate_seq``: a fault notes the sequence, looks the
+page up without the lock, takes the lock, and starts again if something was zapped in between.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from dataclasses import dataclass
+
+from guestfault.dialect.interface import EHWPOISON
+from guestfault.dialect.record import Site
+from guestfault.softkvm.efault import kvm_handle_efault
+from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.memslots import KvmMemorySlot
+from guestfault.softkvm.pfn import (
+    KVM_PFN_ERR_HWPOISON,
+    KVM_PFN_ERR_RO_FAULT,
+    KVM_PFN_ERR_SIGPENDING,
+    KVM_PFN_NOSLOT,
+    gfn_to_pfn_memslot,
+    is_error_pfn,
+)
+from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE
+from guestfault.uapi import kvm as uapi
+from guestfault.x86.registers import PFERR_FETCH_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK
+
+__all__ = ["KvmPageFault", "RetPf", "kvm_mmu_do_page_fault"]
+
+
+class RetPf(enum.IntEnum):
+    """``RET_PF_*`` of arch/x86/kvm/mmu/mmu_internal.h: all >= 0, so that -errno fits beside them."""
+
+    CONTINUE = 0
+    RETRY = 1
+    EMULATE = 2
+    INVALID = 3
+    FIXED = 4
+    SPURIOUS = 5
+
+
+@dataclass(slots=True)
+class KvmPageFault:
+    """``struct kvm_page_fault``: one access on its way through the fault path."""
+
+    addr: int
+    error_code: int
+    prefetch: bool
+    gfn: int
+    write: bool
+    exec: bool
+    user: bool
+    slot: KvmMemorySlot | None = None
+    mmu_seq: int = 0
+    pfn: int = KVM_PFN_NOSLOT
+    map_writable: bool = False
+
+
+def kvm_mmu_do_page_fault(
+    vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int, *, prefetch: bool = False
+) -> int:
+    """Handle one second-stage fault: a :class:`RetPf`, or a negative errno for ``KVM_RUN``.
+
+    The root of the thread's question: ``kvm_mmu_page_fault`` hands a negative result on to
+    userspace, ``kvm_arch_async_page_ready`` drops it.
+    """
+    fault = KvmPageFault(
+        addr=cr2_or_gpa,
+        error_code=error_code,
+        prefetch=prefetch,
+        gfn=cr2_or_gpa >> 12,
+        write=bool(error_code & PFERR_WRITE_MASK),
+        exec=bool(error_code & PFERR_FETCH_MASK),
+        user=bool(error_code & PFERR_USER_MASK),
+    )
+    if not prefetch:
+        vcpu.stat.pf_taken += 1
+    r = direct_page_fault(vcpu, fault)
+    if r == RetPf.FIXED:
+        vcpu.stat.pf_fixed += 1
+    elif r == RetPf.SPURIOUS and not prefetch:
+        vcpu.stat.pf_spurious += 1
+    elif r == RetPf.EMULATE and not prefetch:
+        vcpu.stat.pf_emulate += 1
+    return r
+
+
+def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+    """A fault under two-dimensional paging: find the page, then install its entry."""
+    stage = vcpu.kvm.second_stage
+    # Read the sequence before anything is looked up: what changes later changes it too.
+    fault.mmu_seq = stage.mmu_invalidate_seq
+    fault.slot = vcpu.kvm.memslots.gfn_to_memslot(fault.gfn)
+    r = kvm_faultin_pfn(vcpu, fault)
+    if r != RetPf.CONTINUE:
+        return r
+    with stage.mmu_lock:
+        if stage.mmu_invalidate_retry(fault.mmu_seq):
+            return RetPf.RETRY
+        return direct_map(vcpu, fault)
+
+
+def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+    """Find the host page behind the fault's gfn, or say why there is none."""
+    if fault.slot is None:
+        return kvm_handle_noslot_fault(fault)
+    missing = vcpu.kvm.dialect.missing
+    # Exit as soon as fast GUP fails, rather than sleep in slow GUP: what the slot's flag asks for.
+    atomic = missing is not None and bool(fault.slot.flags & missing.slot_flag)
+    fault.pfn, fault.map_writable = gfn_to_pfn_memslot(
+        vcpu.kvm.mm, fault.slot, fault.gfn, atomic=atomic, write_fault=fault.write
+    )
+    if is_error_pfn(fault.pfn):
+        return kvm_handle_error_pfn(vcpu, fault)
+    return RetPf.CONTINUE
+
+
+def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
+    """No slot holds the frame: an access to a device, which the emulator turns into an exit."""
+    fault.pfn = KVM_PFN_NOSLOT
+    return RetPf.EMULATE
+
+
+def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+    """The end of a failed access.  The last lines are where upstream's -EFAULT is still bare."""
+    if fault.pfn == KVM_PFN_ERR_SIGPENDING:
+        vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
+        return -errno.EINTR
+    if fault.pfn == KVM_PFN_ERR_RO_FAULT:
+        return RetPf.EMULATE
+    if fault.pfn == KVM_PFN_ERR_HWPOISON:
+        # The kernel sends SIGBUS (BUS_MCEERR_AR) to the thread and retries.  We cannot raise a
+        # signal on behalf of memory that this very thread would then have to survive touching.
+        return -EHWPOISON
+    dialect = vcpu.kvm.dialect
+    if Site.HANDLE_ERROR_PFN in dialect.annotated:
+        assert fault.slot is not None
+        missing = dialect.missing
+        asked = missing is not None and fault.slot.flags & missing.slot_flag
+        flags = dialect.flag_missing if asked else dialect.flag_unknown
+        return kvm_handle_efault(vcpu, fault.gfn << 12, PAGE_SIZE, flags)
+    return -errno.EFAULT
+
+
+def direct_map(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+    """Install the entry.  ``mmu_lock`` is held and the fault is not stale."""
+    slot = fault.slot
+    assert slot is not None
+    sptes = vcpu.kvm.second_stage.sptes
+    spte = slot.hva_of_gfn(fault.gfn) | PT_READ
+    if fault.map_writable and (fault.write or not slot.dirty_bitmap):
+        # With a dirty log, a page becomes writable only by the write that is then logged.
+        spte |= PT_WRITABLE
+    if fault.write:
+        slot.mark_page_dirty(fault.gfn)
+    old = sptes.get(fault.gfn, 0)
+    if old | spte == old:
+        return RetPf.SPURIOUS
+    sptes[fault.gfn] = old | spte
+    return RetPf.FIXED

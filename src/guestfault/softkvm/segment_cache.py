@@ -1,0 +1,45 @@
+"""Reading the processor's hidden segment state, for which Unicorn has no call.
+
+A guest that loads a segment register changes its base, limit and rights, and ``KVM_GET_SREGS`` must
+show them.  Unicorn's interface gives the selector alone.  But a saved context is a copy of the
+processor's whole state, with QEMU's six ``SegmentCache`` records one after another in it; where
+they lie is found once, by loading a base that occurs nowhere else and looking for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+__all__ = ["NAMES", "SegmentCache", "find_offset", "read_segments"]
+
+NAMES = ("es", "cs", "ss", "ds", "fs", "gs")  # in the order of the processor's array
+_RECORD = struct.Struct("<I4xQII")  # selector, base, limit, flags
+
+
+class SegmentCache(NamedTuple):
+    """One segment register; ``attributes`` in the VMCB's 12-bit packing."""
+
+    selector: int
+    base: int
+    limit: int
+    attributes: int
+
+
+def find_offset(context: bytes, es_base: int) -> int:
+    """Where the records begin in a saved context of a processor whose ES has this base."""
+    at = context.find(es_base.to_bytes(8, "little"))
+    if at < 8 or context.find(es_base.to_bytes(8, "little"), at + 1) >= 0:
+        raise RuntimeError("this version of Unicorn keeps its segment registers elsewhere")
+    return at - 8
+
+
+def read_segments(uc: Any, offset: int) -> dict[str, SegmentCache]:
+    """The six segment registers of an engine as they are now."""
+    context = bytes(uc.context_save())
+    found = {}
+    for i, name in enumerate(NAMES):
+        selector, base, limit, flags = _RECORD.unpack_from(context, offset + i * _RECORD.size)
+        attributes = (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00)
+        found[name] = SegmentCache(selector, base, limit, attributes)
+    return found

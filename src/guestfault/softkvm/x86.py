@@ -1,0 +1,147 @@
+"""``KVM_RUN``: the loop of ``arch/x86/kvm/x86.c``.
+
+:func:`kvm_arch_vcpu_ioctl_run` completes what userspace was asked for, looks at ``immediate_exit``,
+and hands over to :func:`vcpu_run`, which enters the guest again and again.  Every handler speaks
+KVM's convention: 1 resumes the guest, 0 exits to userspace with ``kvm_run`` filled, a negative errno
+is what KVM_RUN fails with.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from guestfault.softkvm import exceptions
+from guestfault.softkvm.cpu import Stop, StopKind
+from guestfault.softkvm.emulate import emulate_intercept, emulate_planted
+from guestfault.softkvm.internal_error import internal_error
+from guestfault.softkvm.kvm_host import KvmVcpu, Request
+from guestfault.softkvm.memslots import Memslots
+from guestfault.softkvm.mmio import DeviceAccesses, emulate_device_access
+from guestfault.softkvm.refusal import AccessFailed, Emulate, Exit, GuestException, Refusal
+from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
+from guestfault.uapi import kvm as uapi
+from guestfault.x86.paging import AccessKind
+
+__all__ = ["kvm_arch_vcpu_ioctl_run"]
+
+
+def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+    """Finish the last exit, then run; ``immediate_exit`` stops in between."""
+    complete, vcpu.complete_userspace_io = vcpu.complete_userspace_io, None
+    if complete is not None:
+        r = _handled(vcpu, devices, complete)
+        if r <= 0:
+            return r
+    if vcpu.run.immediate_exit:
+        vcpu.requests &= ~Request.SIGNAL
+        return -errno.EINTR  # exit_reason is left as it was, as in the kernel
+    return vcpu_run(vcpu, devices)
+
+
+def vcpu_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+    """Enter the guest until a handler wants userspace."""
+    if vcpu.kvm.dialect.resets_exit_reason:
+        vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
+    while True:
+        r = vcpu_enter_guest(vcpu, devices)
+        if r <= 0:
+            return r
+        if vcpu.requests & Request.SIGNAL:
+            vcpu.requests &= ~Request.SIGNAL
+            vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
+            return -errno.EINTR
+
+
+def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+    """Serve the requests, deliver what is pending, run the guest once, handle its exit."""
+    cpu = vcpu.cpu
+    if vcpu.requests & Request.TLB_FLUSH:
+        vcpu.requests &= ~Request.TLB_FLUSH
+        vcpu.tables.clear()
+        cpu.flush_tlb()
+        cpu.flush_code()
+    if vcpu.mapped_memslots is not vcpu.kvm.memslots:
+        _map_memslots(vcpu, vcpu.kvm.memslots)
+    if vcpu.sregs_changed:
+        vcpu.load_sregs()
+    if vcpu.pending_exception is not None:
+        vcpu.refresh_cpl()
+        return _after(vcpu, devices, exceptions.deliver(vcpu))
+    vcpu.in_guest_mode = True
+    if vcpu.requests:
+        # Made after we looked and before we were in guest mode: nobody would stop us.
+        vcpu.in_guest_mode = False
+        return 1
+    stop = cpu.run()
+    vcpu.in_guest_mode = False
+    vcpu.stat.exits += 1
+    if stop.kind is StopKind.REFUSED:
+        return _after(vcpu, devices, vcpu.refusal)
+    return _handle_exit(vcpu, devices, stop)
+
+
+def _handle_exit(vcpu: KvmVcpu, devices: DeviceAccesses, stop: Stop) -> int:
+    vcpu.refresh_cpl()
+    code = stop.code
+    match stop.kind:
+        case StopKind.REQUESTED:
+            return 1
+        case StopKind.REFUSED:
+            return _after(vcpu, devices, vcpu.refusal)
+        case StopKind.PLANTED:
+            return _handled(vcpu, devices, lambda: _planted(vcpu, devices))
+        case StopKind.INTERCEPT if INTERCEPT_EXCEPTION <= code < INTERCEPT_EXCEPTION + 32:
+            exception = exceptions.from_intercept(code - INTERCEPT_EXCEPTION)
+            return _after(vcpu, devices, exception)
+        case StopKind.INTERCEPT:
+            return _handled(vcpu, devices, lambda: emulate_intercept(vcpu, code))
+    return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, stop.text)
+
+
+def _planted(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+    r = emulate_planted(vcpu)
+    if r is None:
+        stop = vcpu.cpu.run(one_step=True, pass_over_planted=True)
+        return _handle_exit(vcpu, devices, stop)
+    return r
+
+
+def _handled(vcpu: KvmVcpu, devices: DeviceAccesses, handler: Callable[[], int]) -> int:
+    """Run a handler that accesses guest memory, and deal with an access that fails."""
+    try:
+        return handler()
+    except AccessFailed as failed:
+        if isinstance(failed.refusal, Emulate):
+            text = f"memory at {failed.refusal.gpa:#x} is not in a slot"
+            return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
+        return _after(vcpu, devices, failed.refusal)
+
+
+def _after(vcpu: KvmVcpu, devices: DeviceAccesses, refusal: Refusal | None) -> int:
+    """What follows from an access that did not go through."""
+    match refusal:
+        case Exit(result):
+            return result
+        case GuestException():
+            return exceptions.queue(vcpu, refusal)
+        case Emulate(gpa, AccessKind.FETCH):
+            text = f"instruction fetch from {gpa:#x}, where no memory slot is"
+            return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
+        case Emulate():
+            return _handled(vcpu, devices, lambda: emulate_device_access(vcpu, devices))
+    return 1
+
+
+def _map_memslots(vcpu: KvmVcpu, memslots: Memslots) -> None:
+    """Make the processor's memory the VM's slots."""
+
+    def regions(slots: Memslots) -> set[tuple[int, int, int]]:
+        return {(s.base_gfn << 12, s.npages << 12, s.userspace_addr) for s in slots.slots}
+
+    old, new = regions(vcpu.mapped_memslots), regions(memslots)
+    for gpa, size, _ in old - new:
+        vcpu.cpu.unmap_ram(gpa, size)
+    for gpa, size, hva in new - old:
+        vcpu.cpu.map_ram(gpa, size, hva)
+    vcpu.mapped_memslots = memslots
