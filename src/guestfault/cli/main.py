@@ -43,6 +43,11 @@ class Command(NamedTuple):
 
 # In the order of --help.  A new command is a line here and its module.
 COMMANDS: tuple[Command, ...] = (
+    Command(
+        "run",
+        "start a guest with none of its memory present, and bring it in",
+        "guestfault.cli.run",
+    ),
     Command("check", "what this machine offers, and how to mend the rest", "guestfault.cli.check"),
     Command(
         "explain",

@@ -6,15 +6,18 @@ more record in :data:`DIALECTS`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from guestfault.dialect.interface import LINUX_6_8 as LINUX_6_8_INTERFACE
 from guestfault.dialect.interface import SEED as SEED_INTERFACE
+from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.dialect.record import Dialect, Guard, MissingFlag, Site
 
-__all__ = ["DIALECTS", "LINUX_6_8", "SEED"]
+__all__ = ["DIALECTS", "LINUX_6_8", "SEED", "missing_flag"]
 
 SEED = Dialect(
     name="seed",
-    source="kvm@vger, March 2023: CAF7b7mof8HkcaSthEO8Wu9kf8ZHjE9c1TDzQGAYDYv7FN9+k9w@mail.gmail.com",
+    source="kvm@vger, CAF7b7mof8HkcaSthEO8Wu9kf8ZHjE9c1TDzQGAYDYv7FN9+k9w@mail.gmail.com",
     interface=SEED_INTERFACE,
     guard=Guard.LOADED_VCPU,
     annotated=frozenset({Site.HANDLE_ERROR_PFN}),
@@ -44,3 +47,18 @@ LINUX_6_8 = Dialect(
 """What was merged: the exit is there for private memory, an ordinary slot's -EFAULT is bare."""
 
 DIALECTS = {dialect.name: dialect for dialect in (SEED, LINUX_6_8)}
+
+
+def missing_flag(
+    interface: MemoryFaultInterface | None, check_extension: Callable[[int], int]
+) -> MissingFlag | None:
+    """The slot flag by which a KVM with this interface can be told to exit on a missing page.
+
+    ``None`` if it has none, as every released kernel: then absence must be made with userfaultfd or
+    by protection.
+    """
+    for dialect in DIALECTS.values():
+        missing = dialect.missing
+        if dialect.interface is interface and missing and check_extension(missing.cap) > 0:
+            return missing
+    return None

@@ -1,8 +1,8 @@
 """What one published version of the interface says, as one frozen record.
 
 The fault path of the software KVM is written once and asks the record wherever versions differ.
-A new version is a new record in :mod:`guestfault.dialect.published`, and a new field here only where
-it differs in a way that no version before it did.
+A new version is a new record in :mod:`guestfault.dialect.published`, and a new field here only
+where it differs in a way that no version before it did.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from guestfault.guest.layout import Layout, Mode
 from guestfault.guest.manifest import BuiltinGuest, Manifest, Slot
 from guestfault.guest.vcpu_state import VcpuState
 from guestfault.guest.walk import Walk
+from guestfault.linux.procfs import mem_available
 
 __all__ = ["Snapshot", "SnapshotError", "build", "load", "save"]
 
@@ -199,6 +200,10 @@ def build(
     :func:`save` raises.
     """
     layout = Layout(memory_size, mode, vcpus)
+    available = mem_available()
+    if 2 * memory_size > available:
+        why = f"making it takes twice that of the host's memory, which has {available} bytes free"
+        raise LayoutError(memory_size, vcpus, why)
     memory = initial_memory(layout, walk, seed)
     expected = expect(layout, walk, memory)
     final_sha256 = hashlib.sha256(expected.memory).hexdigest()

@@ -7,9 +7,17 @@ these files.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["CAP_SYS_PTRACE", "has_capability", "seccomp_filtered", "status", "sysctl"]
+__all__ = [
+    "CAP_SYS_PTRACE",
+    "has_capability",
+    "mem_available",
+    "seccomp_filtered",
+    "status",
+    "sysctl",
+]
 
 CAP_SYS_PTRACE = 19
 """Number of the capability that userfaultfd asks for (``include/uapi/linux/capability.h``)."""
@@ -24,6 +32,18 @@ def sysctl(name: str) -> str | None:
         return Path("/proc/sys", *name.split(".")).read_text().strip()
     except OSError:
         return None
+
+
+def mem_available() -> int:
+    """Bytes that can be allocated without swapping (``MemAvailable``); all memory if not told."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def status() -> dict[str, str]:

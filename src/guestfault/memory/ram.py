@@ -2,9 +2,9 @@
 
 The two views are of the same pages.  The *guest view* is what KVM gets as a slot's
 ``userspace_addr``; it is the one in which pages are absent, registered with userfaultfd or not yet
-mapped.  The *host view* has every page always, and is never registered: filling a page is writing it
-there and then letting it into the guest view, which takes no second copy, and no reader of the guest
-view can ever see half of it.
+mapped.  The *host view* has every page always, and is never registered: filling a page is writing
+it there and then letting it into the guest view, which takes no second copy, and no reader of the
+guest view can ever see half of it.
 
 Python code touches the host view only.  It would hold the GIL while it sleeps in a registered page,
 and the handler that could wake it needs the GIL.

@@ -1,4 +1,4 @@
-"""Memory slots as userspace keeps them: gpa to hva and back, with bad ones refused by their numbers.
+"""Memory slots as userspace keeps them: gpa to hva and back, and bad ones refused with numbers.
 
 KVM answers a bad slot with EINVAL or EEXIST and no more.  Here the same mistakes are found before
 KVM is asked, and the error says which number is wrong.
@@ -66,7 +66,7 @@ class SlotMap:
         return iter(self._slots)
 
     def add(self, slot: MemorySlot) -> None:
-        """Add a slot; raises :class:`SlotError` for one that is misaligned, too large or overlaps."""
+        """Add a slot; :class:`SlotError` for one that is misaligned, too large or overlaps."""
         for name, value in (("gpa", slot.gpa), ("size", slot.size), ("hva", slot.hva)):
             if value % PAGE_SIZE:
                 raise SlotError(slot, f"{name} {value:#x} is not a multiple of {PAGE_SIZE}")

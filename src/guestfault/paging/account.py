@@ -1,0 +1,32 @@
+"""What the faults of one vCPU were and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from guestfault.paging.histogram import LatencyHistogram
+
+__all__ = ["FaultAccount"]
+
+
+@dataclass(slots=True)
+class FaultAccount:
+    """Counts by the shape in which the fault arrived.  Written by one thread.
+
+    ``annotated``: KVM_EXIT_MEMORY_FAULT.  ``bare``: an errno and nothing else.  ``ram_mmio``:
+    KVM_EXIT_MMIO on RAM.  ``userfault``: an event of a userfaultfd.  ``again``: of all these, those
+    whose page was in already when they were looked at, because another vCPU had asked for it too.
+    ``latency``: nanoseconds from the exit (or event) to the page being in.
+    """
+
+    annotated: int = 0
+    bare: int = 0
+    ram_mmio: int = 0
+    userfault: int = 0
+    again: int = 0
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+
+    @property
+    def faults(self) -> int:
+        """All of them."""
+        return self.annotated + self.bare + self.ram_mmio + self.userfault

@@ -1,0 +1,70 @@
+"""The same fault again and again: no progress, and no end unless someone notices.
+
+KVM's documentation asks userspace that resolves and retries to guard against repeatedly receiving
+the same fault (Documentation/virt/kvm/api.rst, KVM_CAP_MEMORY_FAULT_INFO).  One repeat means
+nothing: the page may have been reclaimed in between.  The guard trips when one vCPU faults on the
+same page with the same RIP several times in a row and with nothing else in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guestfault.errors import GuestfaultError
+from guestfault.fault.access import Access
+
+__all__ = ["FaultLoopError", "RepeatGuard"]
+
+PAGE_SIZE = 4096
+
+
+class FaultLoopError(GuestfaultError):
+    """A vCPU met the same fault ``count`` times although it was resolved each time.
+
+    ``access`` is what failed, ``rip`` where.  What resolves the fault does not make the access
+    possible: find out why before running the vCPU again.
+    """
+
+    def __init__(self, vcpu_id: int, access: Access, rip: int, count: int) -> None:
+        self.vcpu_id = vcpu_id
+        self.access = access
+        self.rip = rip
+        self.count = count
+        super().__init__(
+            f"vCPU {vcpu_id} at rip {rip:#x}: {access} failed {count} times in a row although its"
+            " page was brought in each time"
+        )
+
+
+class RepeatGuard:
+    """Watches the faults of one vCPU.  ``limit`` is how often the same one may come in a row.
+
+    ``read_rip`` is called only from the second fault on the same page on: reading registers costs
+    more than the rest of a fault.
+    """
+
+    def __init__(self, vcpu_id: int, read_rip: Callable[[], int], limit: int = 8) -> None:
+        self._vcpu_id = vcpu_id
+        self._read_rip = read_rip
+        self._limit = limit
+        self.progress()
+
+    def progress(self) -> None:
+        """The vCPU got on: it left KVM_RUN for another reason than a failed access."""
+        self._page: int | None = None
+        self._rip: int | None = None
+        self._count = 0
+
+    def saw(self, access: Access) -> None:
+        """A fault was met; raises :class:`FaultLoopError` if it is the same one once too often."""
+        page = None if access.gpa is None else access.gpa // PAGE_SIZE
+        if page is None or page != self._page:
+            self._page, self._rip, self._count = page, None, 1
+            return
+        rip = self._read_rip()
+        if self._rip is not None and rip != self._rip:
+            self._count = 1
+        self._rip = rip
+        self._count += 1
+        if self._count > self._limit:
+            raise FaultLoopError(self._vcpu_id, access, rip, self._count)

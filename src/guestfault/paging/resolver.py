@@ -1,0 +1,80 @@
+"""What a vCPU's own thread does about a failed access: resolve it, account for it, run on.
+
+This is the user half of the design: no other thread, no queue, no wake-up.  The access comes back
+to the thread that made it as a result of KVM_RUN, the page is brought in on that thread, and
+KVM_RUN makes the access again.
+"""
+
+from __future__ import annotations
+
+import time
+
+from guestfault.errors import GuestfaultError
+from guestfault.fault.access import Access
+from guestfault.fault.locate.annotation import from_annotation
+from guestfault.fault.locate.mmio import from_mmio
+from guestfault.fault.outcome import MemoryFault, RamMmio
+from guestfault.kvm.protocols import Vcpu
+from guestfault.memory.slots import SlotMap
+from guestfault.paging.account import FaultAccount
+from guestfault.paging.guard import RepeatGuard
+from guestfault.paging.pager import Pager
+
+__all__ = ["FaultResolver", "UnresolvableError"]
+
+
+class UnresolvableError(GuestfaultError):
+    """An access failed that no page can cure: ``access`` is outside every memory slot."""
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        super().__init__(f"{access}: it is in no memory slot, so there is no page to bring in")
+
+
+class FaultResolver:
+    """Resolves the failed accesses of one vCPU.  Belongs to the thread that runs it."""
+
+    def __init__(self, vcpu: Vcpu, pager: Pager, slots: SlotMap) -> None:
+        self._vcpu = vcpu
+        self._pager = pager
+        self._slots = slots
+        self.account = FaultAccount()
+        self.guard = RepeatGuard(vcpu.vcpu_id, lambda: int(vcpu.get_regs().rip))
+
+    def resolve_annotated(self, fault: MemoryFault) -> None:
+        """Bring in what the kernel says is missing.
+
+        Raises :class:`~guestfault.paging.source.base.SourceError`,
+        :class:`~guestfault.paging.guard.FaultLoopError` or :class:`UnresolvableError`; the vCPU
+        must not run on then.
+        """
+        self.account.annotated += 1
+        self._bring_in(from_annotation(fault, self._slots))
+
+    def resolve_ram_mmio(self, exit_: RamMmio) -> None:
+        """Bring the page in and do what KVM's emulator could not: answer the read, or write.
+
+        A read answered with anything but the page's bytes is silent corruption, and a write that is
+        dropped is another: the instruction is past and will not be made again.  Raises as
+        :meth:`resolve_annotated` does, and nothing has been answered then.
+        """
+        self.account.ram_mmio += 1
+        access = from_mmio(exit_, self._slots)
+        offset = self._bring_in(access)
+        memory = self._pager.ram.bytes[offset : offset + exit_.length]
+        if exit_.is_write:
+            memory[:] = exit_.data
+        else:
+            self._vcpu.kvm_run.mmio.data[: exit_.length] = memory
+
+    def _bring_in(self, access: Access) -> int:
+        """Bring the access's pages in; the RAM offset at which it begins."""
+        began = time.perf_counter_ns()
+        if access.hva is None:
+            raise UnresolvableError(access)
+        self.guard.saw(access)
+        offset = access.hva - self._pager.ram.guest.address
+        if not self._pager.bring_in_range(offset, access.size):
+            self.account.again += 1
+        self.account.latency.record(time.perf_counter_ns() - began)
+        return offset

@@ -1,0 +1,28 @@
+"""Why a vCPU stopped, when it was not done."""
+
+from __future__ import annotations
+
+from guestfault.errors import GuestfaultError
+
+__all__ = ["GuestStoppedError", "UnlocatedFaultError"]
+
+
+class GuestStoppedError(GuestfaultError):
+    """A vCPU left KVM_RUN in a way from which this VMM cannot go on.
+
+    ``what`` says how, ``vcpu_id`` and ``rip`` where.
+    """
+
+    def __init__(self, vcpu_id: int, rip: int, what: str) -> None:
+        self.vcpu_id = vcpu_id
+        self.rip = rip
+        self.what = what
+        super().__init__(f"vCPU {vcpu_id} at rip {rip:#x}: {what}")
+
+
+class UnlocatedFaultError(GuestStoppedError):
+    """KVM_RUN failed and nobody can say which access it was.  ``errno`` is positive."""
+
+    def __init__(self, vcpu_id: int, rip: int, errno: int, why: str) -> None:
+        self.errno = errno
+        super().__init__(vcpu_id, rip, why)

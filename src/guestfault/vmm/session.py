@@ -1,0 +1,198 @@
+"""A VM restored from a snapshot with none of its memory present.
+
+:class:`Session` puts the parts together and runs them: RAM and the view in which its pages are
+absent, the VM with its slots, a thread per vCPU, and in ``uffd`` mode the handler's thread.
+
+It stops as a whole.  When a vCPU cannot go on, or a source fails, every vCPU is stopped before it
+can run on, and :attr:`Session.failure` says why; :meth:`Session.run` may be called again once what
+failed has been mended, and every vCPU goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from guestfault.dialect.interface import MemoryFaultInterface, probe
+from guestfault.dialect.published import missing_flag
+from guestfault.errors import GuestfaultError, Unavailable
+from guestfault.guest.snapshot import Snapshot
+from guestfault.kvm.protocols import System, Vm
+from guestfault.memory.ram import GuestRam
+from guestfault.memory.slots import MemorySlot, SlotMap
+from guestfault.memory.view import GuestView, Protected, Registered, Unpopulated
+from guestfault.paging.handler import UserfaultHandler
+from guestfault.paging.pager import Pager
+from guestfault.paging.resolver import FaultResolver
+from guestfault.paging.source.base import PageSource
+from guestfault.vmm.eager import bring_in_eagerly
+from guestfault.vmm.vcpu_loop import VcpuLoop
+
+__all__ = ["Mode", "Session"]
+
+_STOP_GRACE = 0.05  # seconds for a kicked vCPU to come back by itself
+
+
+class Mode(StrEnum):
+    """Who brings an absent page in."""
+
+    EXIT = "exit"  # the access fails, and the vCPU's own thread does it
+    UFFD = "uffd"  # the vCPU's thread sleeps, and a handler's thread does it
+
+
+class Session:
+    """One VM of ``snapshot`` on ``system``, its pages brought in from ``source``.
+
+    The session takes the source's bytes to be the snapshot's memory and leaves both, and the
+    system, to be closed by the caller.  Raises :class:`~guestfault.errors.Unavailable` if this
+    machine cannot do ``mode``.
+    """
+
+    def __init__(
+        self, system: System, snapshot: Snapshot, source: PageSource, mode: Mode = Mode.EXIT
+    ) -> None:
+        self.began = time.monotonic()
+        self.system = system
+        self.snapshot = snapshot
+        self.mode = mode
+        self._undo: list[Callable[[], None]] = []
+        self._stopping = False
+        self._shut = False
+        self.failure: GuestfaultError | None = None
+        self.failed_vcpu: VcpuLoop | None = None
+        try:
+            self._build(source)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, source: PageSource) -> None:
+        self.ram = GuestRam(self.snapshot.memory_size)
+        self._undo.append(self.ram.close)
+        vm = self.system.create_vm()
+        self.interface: MemoryFaultInterface | None = probe(vm.check_extension)
+        self.view, flags = self._choose_view(vm)
+        # Undone last to first: the VM goes before the view, whose pages would read as zeros.
+        self._undo += [self.view.close, vm.close]
+        self.slots = SlotMap()
+        for slot in self.snapshot.slots:
+            hva = self.ram.guest.address + slot.offset
+            self.slots.add(
+                MemorySlot(slot.guest_phys_addr, slot.memory_size, hva, slot.slot, flags)
+            )
+        for added in self.slots:
+            vm.set_user_memory_region(added.slot, added.gpa, added.size, added.hva, added.flags)
+        self.pager = Pager(self.ram, self.view, source)
+        self.handler: UserfaultHandler | None = None
+        if self.mode is Mode.UFFD:
+            assert isinstance(self.view, Registered)
+            self.handler = UserfaultHandler(self.pager, self.view, self._source_failed)
+            self._undo.append(self.handler.close)
+        self.vcpus = []
+        for vcpu_id, state in enumerate(self.snapshot.vcpus):
+            vcpu = vm.create_vcpu(vcpu_id)
+            vcpu.set_sregs(state.sregs)
+            vcpu.set_regs(state.regs)
+            resolver = FaultResolver(vcpu, self.pager, self.slots)
+            loop = VcpuLoop(vcpu, self.interface, self.slots, resolver, lambda: self._stopping)
+            self.vcpus.append(loop)
+        self.eager_pages = 0
+        if self.mode is Mode.EXIT and not isinstance(self.view, Unpopulated):
+            self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
+
+    def _choose_view(self, vm: Vm) -> tuple[GuestView, int]:
+        """How pages are absent, and the flags that the slots need for it."""
+        if self.mode is Mode.UFFD:
+            return Registered(self.ram, sigbus=False), 0
+        missing = missing_flag(self.interface, vm.check_extension)
+        if missing is not None:
+            return Unpopulated(self.ram), missing.slot_flag
+        try:
+            return Registered(self.ram, sigbus=True), 0
+        except Unavailable:
+            return Protected(self.ram), 0
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(self, watch: Callable[[], None] | None = None, interval: float = 0.1) -> bool:
+        """Run every vCPU until all are done or the session has stopped; whether all are done.
+
+        ``watch`` is called on this thread every ``interval`` seconds meanwhile.  An exception on
+        this thread, Ctrl-C included, stops the session before it goes on its way.
+        """
+        if self._shut:
+            self.view.reopen()
+        self._shut = self._stopping = False
+        self.failure = self.failed_vcpu = None
+        if self.handler is not None:
+            self.handler.start()
+        threads = [
+            threading.Thread(target=self._run_vcpu, args=(v,), name=f"vcpu{v.vcpu.vcpu_id}")
+            for v in self.vcpus
+            if not v.console.done
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            while alive := [thread for thread in threads if thread.is_alive()]:
+                alive[0].join(_STOP_GRACE if self._stopping else interval)
+                if self._stopping and alive[0].is_alive():
+                    self._release_sleepers()
+                if watch is not None:
+                    watch()
+        finally:
+            self.stop()
+            while alive := [thread for thread in threads if thread.is_alive()]:
+                alive[0].join(_STOP_GRACE)
+                self._release_sleepers()
+            if self.handler is not None:
+                self.handler.stop()
+        return all(v.console.done for v in self.vcpus)
+
+    def stop(self) -> None:
+        """From any thread: make every vCPU stop, wherever it is.  :meth:`run` returns then."""
+        self._stopping = True
+        for loop in self.vcpus:
+            loop.vcpu.kick()
+
+    def _release_sleepers(self) -> None:
+        """Let go whoever sleeps in a page, where a kick does not reach, into a failed access.
+
+        Never into a page of zeros; and the access is made again when the session runs again.
+        """
+        if self.mode is Mode.UFFD and not self._shut:
+            self._shut = True
+            self.view.shut()
+
+    def _run_vcpu(self, loop: VcpuLoop) -> None:
+        if not loop.run() and loop.error is not None:
+            self._fail(loop.error, loop)
+
+    def _source_failed(self, offset: int, error: GuestfaultError) -> None:
+        """On the handler's thread: a page that a vCPU sleeps in cannot be had."""
+        self._fail(error, None)
+
+    def _fail(self, error: GuestfaultError, loop: VcpuLoop | None) -> None:
+        if self.failure is None:
+            self.failure, self.failed_vcpu = error, loop
+        self.stop()
+
+    def close(self) -> None:
+        """Release the VM and its memory.  Not while :meth:`run` is under way."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,86 @@
+"""A report for people."""
+
+from __future__ import annotations
+
+from guestfault.vmm.report import Report, VcpuReport
+
+__all__ = ["as_text"]
+
+
+def as_text(r: Report) -> str:
+    """The report in some fifteen lines of at most 80 columns."""
+    rows = [
+        ("KVM", f"{r.kvm}, mode {r.mode}, absent pages: {r.absent}"),
+        ("guest", f"{r.guest}, {_size(r.memory)}, {_count(len(r.vcpus), 'vCPU')}"),
+        ("first instruction", _seconds(r.first_instruction)),
+        ("run time", _seconds(r.seconds)),
+        ("pages in", f"{r.pages_in} of {r.pages}" + _eager(r.eager_pages)),
+        ("faults", _faults(r)),
+        (
+            "latency",
+            ", ".join(
+                f"{name} {_us(ns)}"
+                for name, ns in (
+                    ("p50", r.latency.p50),
+                    ("p90", r.latency.p90),
+                    ("p99", r.latency.p99),
+                    ("max", r.latency.max),
+                )
+            ),
+        ),
+    ]
+    rows += [(f"vCPU {v.vcpu}", _vcpu(v)) for v in r.vcpus]
+    if r.memory_right is not None:
+        rows.append(("memory", "as expected" if r.memory_right else "NOT as expected"))
+    rows.append(("verdict", r.verdict))
+    return "\n".join(f"{name:18} {text}" for name, text in rows)
+
+
+def _eager(n: int) -> str:
+    return f", {n} of them before the start" if n else ""
+
+
+def _faults(r: Report) -> str:
+    kinds = [
+        (sum(v.annotated for v in r.vcpus), "annotated"),
+        (sum(v.bare for v in r.vcpus), "bare"),
+        (sum(v.ram_mmio for v in r.vcpus), "as MMIO on RAM"),
+        (r.userfaults, "through userfaultfd"),
+    ]
+    total = sum(n for n, _ in kinds)
+    text = f"{total}: " + ", ".join(f"{n} {kind}" for n, kind in kinds if n) if total else "none"
+    again = sum(v.again for v in r.vcpus)
+    return f"{text}; {again} on a page that was in already" if again else text
+
+
+def _vcpu(v: VcpuReport) -> str:
+    if not v.done:
+        return f"not done, at rip {v.rip:#x}"
+    if v.checksum is None:
+        return "done"
+    if v.expected is None:
+        return f"done, checksum {v.checksum:#018x}"
+    if v.checksum == v.expected:
+        return f"done, checksum {v.checksum:#018x} is right"
+    return f"done, checksum {v.checksum:#018x} is WRONG: {v.expected:#018x} was expected"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _size(n: int) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n >> shift and not n % (1 << shift):
+            return f"{n >> shift} {unit}"
+    return f"{n} bytes"
+
+
+def _seconds(s: float | None) -> str:
+    if s is None:
+        return "never"
+    return f"{s * 1e3:.1f} ms" if s < 1 else f"{s:.2f} s"
+
+
+def _us(ns: int) -> str:
+    return f"{ns / 1e3:.1f} us" if ns < 1_000_000 else f"{ns / 1e6:.1f} ms"

@@ -1,0 +1,116 @@
+"""What one vCPU's thread does: run, look at the outcome, resolve or report, run again."""
+
+from __future__ import annotations
+
+import errno as _errno
+from collections.abc import Callable
+
+from guestfault.dialect.interface import MemoryFaultInterface
+from guestfault.errors import GuestfaultError
+from guestfault.fault.outcome import (
+    BareFault,
+    Hlt,
+    InternalError,
+    Interrupted,
+    Io,
+    MemoryFault,
+    RamMmio,
+    Shutdown,
+    outcome,
+)
+from guestfault.kvm.protocols import Vcpu
+from guestfault.memory.slots import SlotMap
+from guestfault.paging.resolver import FaultResolver
+from guestfault.vmm.console import GuestConsole
+from guestfault.vmm.errors import GuestStoppedError, UnlocatedFaultError
+
+__all__ = ["VcpuLoop"]
+
+
+class VcpuLoop:
+    """Runs one vCPU until the guest is done, someone stops it, or it cannot go on.
+
+    ``stopping`` is asked after every interruption: with it, a failed access too is an effect of the
+    stop and not a fault.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        interface: MemoryFaultInterface | None,
+        slots: SlotMap,
+        resolver: FaultResolver,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.vcpu = vcpu
+        self.resolver = resolver
+        self.console = GuestConsole()
+        self.error: GuestfaultError | None = None
+        self._interface = interface
+        self._slots = slots
+        self._stopping = stopping
+
+    def run(self) -> bool:
+        """Run the vCPU; whether its guest is done.
+
+        ``False`` means that it was stopped: :attr:`error` says why, or is ``None`` if it was asked
+        to.  It can be run again: an access that failed is made again, an exit that was not answered
+        is answered then.
+        """
+        self.error = None
+        try:
+            while not self.console.done and not self._stopping():
+                self._once()
+        except GuestfaultError as error:
+            self.error = error
+        return self.console.done
+
+    def _once(self) -> None:
+        vcpu = self.vcpu
+        ret = vcpu.run()
+        match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot):
+            case MemoryFault() as fault:
+                if not self._stopping():
+                    self.resolver.resolve_annotated(fault)
+                return
+            case RamMmio() as exit_:
+                self.resolver.resolve_ram_mmio(exit_)
+                return
+            case Io() as io:
+                self.resolver.guard.progress()
+                self._port_io(io)
+            case Interrupted():
+                pass
+            case BareFault(errno):
+                if not self._stopping():
+                    self.resolver.account.bare += 1
+                    name = _errno.errorcode.get(errno, "EHWPOISON")
+                    why = f"KVM_RUN failed with a bare -{name}: this KVM does not say which access"
+                    raise UnlocatedFaultError(vcpu.vcpu_id, self.rip, errno, why)
+            case Shutdown():
+                self._stop("the guest shut down (a triple fault)")
+            case Hlt():
+                self._stop("the guest halted before it was done, and nothing can wake it")
+            case InternalError() if self._stopping():
+                pass  # its code or stack was shut: the instruction is still to be done
+            case InternalError(suberror, _, instruction):
+                code = f" at bytes {instruction.hex(' ')}" if instruction else ""
+                self._stop(f"KVM internal error, suberror {suberror}{code}")
+            case other:
+                self._stop(f"KVM_RUN ended with {other}, which a built-in guest never causes")
+
+    def _port_io(self, io: Io) -> None:
+        data = bytes(self.vcpu.run_area[io.data_offset : io.data_offset + io.size * io.count])
+        if io.is_in or not self.console.wrote(io.port, data):
+            self._stop(f"the guest accessed port {io.port:#x}, where no device is")
+
+    @property
+    def rip(self) -> int:
+        """Where the vCPU stands."""
+        return int(self.vcpu.get_regs().rip)
+
+    def _stop(self, what: str) -> None:
+        raise GuestStoppedError(self.vcpu.vcpu_id, self.rip, what)
+
+    def _in_slot(self, gpa: int) -> bool:
+        return self._slots.find(gpa) is not None
