@@ -31,7 +31,7 @@ from typing import Final, TypeAlias
 from guestfault.errors import GuestfaultError
 from guestfault.guest.boot import entry_state, initial_memory
 from guestfault.guest.expect import expect
-from guestfault.guest.layout import Layout, Mode
+from guestfault.guest.layout import Layout, LayoutError, Mode
 from guestfault.guest.manifest import BuiltinGuest, Manifest, Slot
 from guestfault.guest.vcpu_state import VcpuState
 from guestfault.guest.walk import Walk

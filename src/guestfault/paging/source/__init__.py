@@ -1,1 +1,1 @@
-"""Where pages come from.  A source is one method: :class:`~guestfault.paging.source.base.PageSource`."""
+"""Where pages come from: :class:`~guestfault.paging.source.base.PageSource` is all a source is."""
