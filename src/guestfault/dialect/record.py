@@ -54,7 +54,7 @@ class Dialect:
     annotated: frozenset[Site]
     missing: MissingFlag | None
     resets_exit_reason: bool = True
-    """Whether KVM_RUN begins by writing KVM_EXIT_UNKNOWN: what makes a bare -EFAULT seen as bare."""
+    """Whether KVM_RUN begins by writing KVM_EXIT_UNKNOWN, so that a bare -EFAULT looks bare."""
     flag_unknown: int = 0
     """Reported in ``memory_fault.flags`` for a failure whose reason KVM does not know."""
     flag_missing: int = 0
