@@ -23,8 +23,9 @@ def probe(root: Path, mounted: bool = True) -> dict[str, Finding]:
 def register(root: Path, event: str) -> None:
     directory = root / "events" / event
     directory.mkdir(parents=True)
-    (directory / "id").write_text("1234\n")
-    (directory / "format").write_text("name: x\n")
+    name, field = event.split("/")[1], "field:u64 addr;\toffset:8;\tsize:8;\tsigned:0;"
+    # A number that no tracepoint has.
+    (directory / "format").write_text(f"name: {name}\nID: 65534\nformat:\n\t{field}\n")
 
 
 def test_this_machine_has_an_answer() -> None:
@@ -41,7 +42,15 @@ def test_events_are_told_apart(tmp_path: Path) -> None:
     # Its group is there without it, or not there at all: the mends differ.
     assert found["kvm:kvm_userspace_exit"].status is Status.MISSING
     assert "no such event" in found["kvm:kvm_userspace_exit"].detail
-    assert "load KVM" in found["kvmmmu:kvm_mmu_pagetable_walk"].mend
+    assert "load the module" in found["kvmmmu:kvm_mmu_pagetable_walk"].mend
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+def test_an_event_is_really_opened(tmp_path: Path) -> None:
+    register(tmp_path, "kvm/kvm_page_fault")
+    perf = probe(tmp_path)["perf records"]
+    assert perf.status is Status.MISSING
+    assert "perf_event_open" in perf.detail
 
 
 def test_without_tracefs_the_mend_is_to_mount_it(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_parse_captured_smaps():
     assert stack.flags is not None
     assert "gd" in stack.flags
     assert ram.size == 2 * PAGESIZE
+    assert (ram.page_size, stack.page_size) == (4096, None)
 
 
 def test_parse_nothing():

@@ -20,9 +20,9 @@ from types import ModuleType
 
 import pytest
 
-from guestfault.uapi import kvm, mman, userfaultfd
+from guestfault.uapi import kvm, mman, perf, userfaultfd
 
-MODULES = [kvm, mman, userfaultfd]
+MODULES = [kvm, mman, perf, userfaultfd]
 HEADERS = [
     "asm/mman.h",
     "asm/unistd.h",
@@ -30,12 +30,15 @@ HEADERS = [
     "linux/kvm.h",
     "linux/memfd.h",
     "linux/mman.h",
+    "linux/perf_event.h",
     "linux/userfaultfd.h",
     "linux/version.h",
 ]
 
 # Linux exports these in no header: test_mman.py asks the kernel itself.
 IN_NO_HEADER = re.compile(r"PM_\w+")
+# Structures that grow, and of which the kernel takes every size that was ever published.
+GROWING = frozenset({"sizeof(perf_event_attr)"})
 # What Linux 6.1 lacks.  A missing name that is not here is a slip of ours, not a newer kernel's.
 NEWER_THAN_6_1 = frozenset(
     """
@@ -85,7 +88,7 @@ def facts(module: ModuleType) -> dict[str, int]:
         if isinstance(value, int) and not IN_NO_HEADER.fullmatch(name):
             found[name] = value
         elif isinstance(value, type) and is_kernel_type(value) and name == value.__name__:
-            found |= layout(value)
+            found |= {key: fact for key, fact in layout(value).items() if key not in GROWING}
     return found
 
 
@@ -96,10 +99,16 @@ def is_kernel_type(ctype: type) -> bool:
 
 
 def layout(ctype: type[Structure | Union]) -> dict[str, int]:
-    """The size of a structure, and the offset and size of its fields at every depth."""
+    """The size of a structure, and the offset and size of its fields at every depth.
+
+    Of a bit field, the bits that it takes in the 8 bytes at its offset.
+    """
     name = ctype.__name__
     found = {f"sizeof({name})": sizeof(ctype)}
     for path, offset, size in fields(ctype):
+        if size >> 16:  # as ctypes packs width and position of a bit field
+            found[f"bits({name}, {path}, {offset})"] = (1 << (size >> 16)) - 1 << (size & 0xFFFF)
+            continue
         found[f"offset({name}, {path})"] = offset
         if size:  # a flexible array has an offset only
             found[f"size({name}, {path})"] = size
@@ -128,6 +137,9 @@ def expression(key: str) -> str:
         return f"__builtin_offsetof(struct {match[1]}, {match[2]})"
     if match := re.fullmatch(r"size\((\w+), (.+)\)", key):
         return f"sizeof(((struct {match[1]} *)0)->{match[2]})"
+    if match := re.fullmatch(r"bits\((\w+), (.+), (\d+)\)", key):
+        value = f"struct {match[1]} s = {{0}}; s.{match[2]} = -1"
+        return f"({{ {value}; *(unsigned long long *)((char *)&s + {match[3]}); }})"
     return re.sub(r"^SYS_", "__NR_", key)
 
 
@@ -240,6 +252,21 @@ def test_a_wrong_layout_is_found(headers: Headers) -> None:
         "sizeof(kvm_segment)",
         "offset(kvm_segment, base)",
         "offset(kvm_segment, limit)",
+    ]
+
+
+def test_a_wrong_bit_is_found(headers: Headers) -> None:
+    class _flags(Structure):
+        _fields_ = [("inherit", c_uint64, 1), ("disabled", c_uint64, 1)]
+
+    class perf_event_attr(Structure):
+        _anonymous_ = ("_flags",)
+        _fields_ = [("before", c_uint64 * 5), ("_flags", _flags)]
+
+    found = [line.split(":")[0] for line in differences(layout(perf_event_attr), headers)]
+    assert found == [
+        "bits(perf_event_attr, disabled, 40)",
+        "bits(perf_event_attr, inherit, 40)",
     ]
 
 

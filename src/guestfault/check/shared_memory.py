@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 
 from guestfault.check.finding import Finding, Status, Use
-from guestfault.check.units import bytes_text
+from guestfault.linux.hugetlb import pools
+from guestfault.linux.units import bytes_text
 
 __all__ = ["probe"]
 
@@ -65,19 +66,16 @@ def _shmem_enabled(path: Path) -> Finding:
 
 def _hugetlb(directory: Path) -> Finding:
     name, needed_for = "hugetlb pools", (Use.HUGE_PAGES,)
-    pools = []
-    for pool in directory.glob("hugepages-*kB"):
-        size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
-        total, free = (int((pool / f).read_text()) for f in ("nr_hugepages", "free_hugepages"))
-        pools.append((size, total, free))
-    if not pools:
+    found = pools(directory)
+    if not found:
         mend = "a kernel with CONFIG_HUGETLBFS"
         return Finding(name, Status.MISSING, f"no pools in {directory}", mend, needed_for)
     detail = "; ".join(
-        f"{bytes_text(size)}: {free} of {total} free" if total else f"{bytes_text(size)}: empty"
-        for size, total, free in sorted(pools)
+        f"{bytes_text(pool.page_size)}: "
+        + (f"{pool.free} of {pool.total} free" if pool.total else "empty")
+        for pool in found
     )
-    if any(free for _, _, free in pools):
+    if any(pool.free for pool in found):
         return Finding(name, Status.OK, detail, needed_for=needed_for)
     mend = "sysctl vm.nr_hugepages=COUNT (as root)"
     return Finding(name, Status.LIMITED, detail, mend, needed_for)

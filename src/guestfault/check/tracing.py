@@ -5,7 +5,9 @@ on VMX and SVM, ``kvmmmu:kvm_mmu_pagetable_walk`` under shadow paging.  ``perf_e
 hands its record to the very thread that failed.  That takes three things: tracefs, where the
 events have their numbers and formats; KVM loaded, which registers them; and, because the record
 is raw, either ``CAP_PERFMON`` or ``kernel.perf_event_paranoid`` at -1 (``perf_trace_event_perm``
-in ``kernel/trace/trace_event_perf.c``).
+in ``kernel/trace/trace_event_perf.c``).  Where an event can be read about, one is opened on this
+thread and closed again, never enabled: it records nothing, and it is the only way to know of a
+seccomp filter.  Elsewhere the rule is all there is to go by.
 
 Without them guestfault decodes the instruction instead: slower, and with more than one candidate at
 times.
@@ -13,27 +15,23 @@ times.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from guestfault.check.finding import Finding, Status, Use
-from guestfault.check.mounts import mount_points
-from guestfault.linux.procfs import has_capability, sysctl
+from guestfault.errors import KernelError, Unavailable
+from guestfault.linux.mounts import mount_points
+from guestfault.linux.perf_event import PerfEvent, allowed_by, refusal
+from guestfault.linux.tracefs import EventFormat, Tracefs
 
 __all__ = ["probe"]
 
-# include/uapi/linux/capability.h
-CAP_SYS_ADMIN = 21
-CAP_PERFMON = 38
-
 EVENTS = (
-    ("kvm/kvm_page_fault", "the address on VMX and SVM"),
-    ("kvmmmu/kvm_mmu_pagetable_walk", "the address under shadow paging"),
-    ("kvm/kvm_userspace_exit", "each return to a VMM"),
+    ("kvm", "kvm_page_fault", "the address on VMX and SVM"),
+    ("kvmmmu", "kvm_mmu_pagetable_walk", "the address under shadow paging"),
+    ("kvm", "kvm_userspace_exit", "each return to a VMM"),
 )
 
 NEEDED_FOR = (Use.TRACEPOINTS,)
-TRACEFS = "/sys/kernel/tracing"
 
 
 def probe(
@@ -43,56 +41,45 @@ def probe(
 
     Without tracefs nothing can be said about the events, and there is no finding for them.
     """
-    mounted = mount_points("tracefs", mountinfo=mountinfo)
-    readable = [path for path in mounted if os.access(path / "events", os.R_OK | os.X_OK)]
-    if not readable:
-        return (_no_tracefs(mounted, filesystems), _perf())
-    tracefs = Finding("tracefs", Status.OK, f"at {readable[0]}", needed_for=NEEDED_FOR)
-    return (tracefs, *(_event(readable[0], event, gives) for event, gives in EVENTS), _perf())
+    try:
+        tracefs = Tracefs.find(mount_points("tracefs", mountinfo=mountinfo))
+    except Unavailable as error:
+        return (_no_tracefs(error, filesystems), _perf(None))
+    findings = [Finding("tracefs", Status.OK, f"at {tracefs.path}", needed_for=NEEDED_FOR)]
+    readable = None
+    for group, name, gives in EVENTS:
+        try:
+            readable = tracefs.event(group, name)
+            found = Finding(f"{group}:{name}", Status.OK, gives, needed_for=NEEDED_FOR)
+        except Unavailable as error:
+            found = _missing(error.what, error.why, error.mend)
+        findings.append(found)
+    return (*findings, _perf(readable))
 
 
-def _no_tracefs(mounted: tuple[Path, ...], filesystems: str) -> Finding:
-    if mounted:
-        detail = f"mounted at {mounted[0]}, closed to this user"
-        return _missing("tracefs", detail, _open_up(mounted[0]))
+def _no_tracefs(error: Unavailable, filesystems: str) -> Finding:
     try:
         known = "tracefs" in Path(filesystems).read_text().split()
     except OSError:
         known = True
     if not known:
         return _missing("tracefs", "this kernel has none", "a kernel with CONFIG_TRACING")
-    return _missing("tracefs", "not mounted", f"mount -t tracefs tracefs {TRACEFS} (as root)")
+    return _missing("tracefs", error.why, error.mend)
 
 
-def _open_up(tracefs: Path) -> str:
-    return f"mount -o remount,mode=750,gid=GROUP {tracefs} (as root), with a group of yours"
-
-
-def _event(tracefs: Path, event: str, gives: str) -> Finding:
-    name = event.replace("/", ":")
-    directory = tracefs / "events" / event
-    if os.access(directory / "id", os.R_OK) and os.access(directory / "format", os.R_OK):
-        return Finding(name, Status.OK, gives, needed_for=NEEDED_FOR)
-    if directory.exists():
-        return _missing(name, "closed to this user", _open_up(tracefs))
-    if not directory.parent.exists():
-        return _missing(name, "KVM has registered no events", "load KVM: see /dev/kvm")
-    return _missing(name, "this kernel's KVM has no such event", "an x86 kernel with CONFIG_KVM")
-
-
-def _perf() -> Finding:
-    name = "perf records"
-    paranoid = sysctl("kernel.perf_event_paranoid")
-    if paranoid is None:
-        return _missing(name, "this kernel has no perf events", "a kernel with CONFIG_PERF_EVENTS")
-    for capability, number in (("CAP_PERFMON", CAP_PERFMON), ("CAP_SYS_ADMIN", CAP_SYS_ADMIN)):
-        if has_capability(number):
-            return Finding(name, Status.OK, f"by {capability}", needed_for=NEEDED_FOR)
-    detail = f"perf_event_paranoid is {paranoid}"
-    if int(paranoid) <= -1:
-        return Finding(name, Status.OK, detail, needed_for=NEEDED_FOR)
-    mend = "either CAP_PERFMON for this process, or sysctl kernel.perf_event_paranoid=-1 (as root)"
-    return _missing(name, f"{detail}, and there is no CAP_PERFMON", mend)
+def _perf(event: EventFormat | None) -> Finding:
+    name, grant = "perf records", allowed_by()
+    if event is None:
+        if grant is None:
+            return _missing(name, *refusal())
+    else:
+        try:
+            PerfEvent(event).close()
+        except Unavailable as error:
+            return _missing(name, error.why, error.mend)
+        except KernelError as error:
+            return _missing(name, str(error), "KVM may have been unloaded meanwhile: check again")
+    return Finding(name, Status.OK, f"by {grant}", needed_for=NEEDED_FOR)
 
 
 def _missing(name: str, detail: str, mend: str) -> Finding:

@@ -10,7 +10,8 @@ not.  A file page that is in the page cache but not mapped here is not present. 
 of the moment: hold off what could change it, or be ready for the change.
 
 The page frame number in the low bits is zero for readers without ``CAP_SYS_ADMIN`` in the initial
-user namespace; nothing here uses it.
+user namespace; nothing here uses it, but that a swap entry in its place can be a marker
+(:attr:`PageState.poisoned`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ from guestfault.uapi import mman as uapi
 
 __all__ = ["PageState", "Pagemap"]
 
+# A marker instead of a page is written as a swap entry: of the last swap type, the marker's bits in
+# its offset (include/linux/swapops.h).  Swap entries are shown as type | offset << 5.
+_MARKER = uapi.PM_SWAP | 31
+_MARKER_MASK = uapi.PM_PRESENT | uapi.PM_SWAP | 31
+_MARKER_POISONED = 1 << 1 << 5
+
 _PRESENT_IN_LAST_BYTE = uapi.PM_PRESENT >> 56
 
 
@@ -38,6 +45,10 @@ class PageState:
     ``file``: a page of a file (a memfd's too) or shared anonymous.  ``soft_dirty``: written since
     the last ``/proc/PID/clear_refs`` (always set where the kernel has no soft-dirty tracking,
     meaningless then).  ``uffd_wp``: write-protected by userfaultfd.
+
+    ``poisoned``: an access fails as on broken memory, because of ``UFFDIO_POISON`` or a page that
+    could not be read back from swap; only a reader with ``CAP_SYS_ADMIN`` can see it.  ``guard``: a
+    guard region (``MADV_GUARD_INSTALL``, told since Linux 6.15).  Both count as ``swapped``.
     """
 
     present: bool
@@ -45,6 +56,8 @@ class PageState:
     file: bool
     soft_dirty: bool
     uffd_wp: bool
+    poisoned: bool = False
+    guard: bool = False
 
     @classmethod
     def of(cls, entry: int) -> Self:
@@ -55,6 +68,8 @@ class PageState:
             file=bool(entry & uapi.PM_FILE),
             soft_dirty=bool(entry & uapi.PM_SOFT_DIRTY),
             uffd_wp=bool(entry & uapi.PM_UFFD_WP),
+            poisoned=entry & _MARKER_MASK == _MARKER and bool(entry & _MARKER_POISONED),
+            guard=bool(entry & uapi.PM_GUARD_REGION),
         )
 
 

@@ -2,9 +2,10 @@
 
 To say why an access failed, one needs what the kernel looks at first: the virtual memory area (VMA)
 that the address lies in, or the fact that it lies in none.  ``maps`` has one line for each, sorted
-by address; ``smaps`` adds a ``VmFlags`` line with what ``maps`` has no column for (``um`` and
-``uw``: registered with userfaultfd for missing pages and write protection, ``ui`` for minor faults;
-``pf``: ``VM_PFNMAP``; ``ht``: hugetlb).  The formats are in ``Documentation/filesystems/proc.rst``.
+by address; ``smaps`` adds the page size and a ``VmFlags`` line with what ``maps`` has no column for
+(``um`` and ``uw``: registered with userfaultfd for missing pages and write protection, ``ui`` for
+minor faults; ``pf``: ``VM_PFNMAP``; ``ht``: hugetlb).  The formats are in
+``Documentation/filesystems/proc.rst``.
 
 ``smaps`` walks every page table and takes milliseconds for a large process, so it is read only when
 asked for.  A list is of the moment; the process may change its mappings while it is being read.
@@ -35,7 +36,8 @@ class Vma:
     ``offset`` (bytes), ``dev`` (major, minor), ``inode`` and ``path`` are the file's; without a
     file they are 0, and ``path`` is empty or a name such as ``[heap]``.  ``deleted``: the file has
     no name any more, or never had one, as a memfd (``/memfd:NAME``).  ``shared``: ``MAP_SHARED``,
-    else copy-on-write.  ``flags`` are the two-letter ``VmFlags``, ``None`` if they were not asked
+    else copy-on-write.  ``flags`` are the two-letter ``VmFlags`` and ``page_size`` is that
+    of its pages in bytes (``KernelPageSize``; larger for hugetlb), ``None`` if they were not asked
     for.
     """
 
@@ -51,6 +53,7 @@ class Vma:
     path: str
     deleted: bool
     flags: frozenset[str] | None = None
+    page_size: int | None = None
 
     @property
     def size(self) -> int:
@@ -68,7 +71,7 @@ class Vma:
 def parse(text: str) -> Iterator[Vma]:
     """The records in the text of a ``maps`` or ``smaps`` file, in its order.
 
-    Lines of ``smaps`` that are neither a mapping nor its ``VmFlags`` are skipped.
+    Of the lines that ``smaps`` adds, ``KernelPageSize`` and ``VmFlags`` are read.
     """
     vma: Vma | None = None
     # Not splitlines(): a path may hold any other control character.  The kernel escapes \n in it.
@@ -79,6 +82,8 @@ def parse(text: str) -> Iterator[Vma]:
             vma = _vma(match)
         elif vma is not None and line.startswith("VmFlags:"):
             vma = replace(vma, flags=frozenset(line.split()[1:]))
+        elif vma is not None and line.startswith("KernelPageSize:"):
+            vma = replace(vma, page_size=int(line.split()[1]) << 10)
     if vma is not None:
         yield vma
 
@@ -102,7 +107,7 @@ def _vma(match: re.Match[str]) -> Vma:
 
 
 def vmas(pid: int | str = "self", *, flags: bool = False) -> list[Vma]:
-    """Every mapping of a process by address; with their ``VmFlags`` if asked.
+    """Every mapping of a process by address; with what only ``smaps`` says if asked (``flags``).
 
     Raises :class:`~guestfault.errors.KernelError`: ENOENT or ESRCH if there is no such process,
     EACCES or EPERM if it may not be looked at.

@@ -88,6 +88,7 @@ PM_PFRAME_MASK: Final = (1 << PM_PFRAME_BITS) - 1
 PM_SOFT_DIRTY: Final = 1 << 55
 PM_MMAP_EXCLUSIVE: Final = 1 << 56
 PM_UFFD_WP: Final = 1 << 57
+PM_GUARD_REGION: Final = 1 << 58  # 6.15
 PM_FILE: Final = 1 << 61
 PM_SWAP: Final = 1 << 62
 PM_PRESENT: Final = 1 << 63

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guestfault.check.mounts import mount_points
+from guestfault.linux.mounts import mount_points
 
 MOUNTINFO = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from guestfault.check.units import bytes_text
+from guestfault.linux.units import bytes_text
 
 
 @pytest.mark.parametrize(

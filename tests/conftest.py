@@ -1,0 +1,41 @@
+"""What several rooms' tests need of the machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestfault.linux.tracefs import Tracefs
+
+
+@pytest.fixture(scope="session")
+def tracefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracefs]:
+    """This kernel's tracefs, mounted for nobody but us.
+
+    A child mounts it in a mount namespace of its own; it is reached through the child's root
+    directory in /proc, and gone when the child ends.
+    """
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("no unshare(1), to mount tracefs where nobody else sees it")
+    where = tmp_path_factory.mktemp("tracefs")
+    script = 'mount -t tracefs none "$1" && echo mounted && read end'
+    child = subprocess.Popen(
+        [unshare, "--mount", "--propagation", "private", "sh", "-c", script, "sh", str(where)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        if child.stdout.readline() != "mounted\n":
+            pytest.skip(f"tracefs cannot be mounted: {child.stderr.read().strip()}")
+        yield Tracefs(Path(f"/proc/{child.pid}/root{where}"))
+        child.stdin.close()
