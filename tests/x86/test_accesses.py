@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.accesses import AccessKind, MemoryAccess, PagePart, Role, accesses
-from guestfault.x86.state import GPR_NAMES, CpuState, Segment, Table
+from guestfault.x86.segments import Segment
+from guestfault.x86.state import GPR_NAMES, CpuState, DescriptorTable
 
 READ, WRITE = AccessKind.READ, AccessKind.WRITE
 IDT, GDT, TSS, STACK = 0x1000, 0x2000, 0x3000, 0x9008
@@ -20,13 +21,20 @@ def gprs(**values: int) -> tuple[int, ...]:
     return tuple(values.get(name, 0) for name in GPR_NAMES)
 
 
+def segment(
+    selector: int = 0, base: int = 0, limit: int = 0xFFFF, type: int = 3, **fields: int
+) -> Segment:
+    """Present data of 64 KiB, unless it says otherwise."""
+    return Segment(selector, base, limit, type, **{"s": 1, "present": 1, **fields})
+
+
 def kernel(**more: object) -> CpuState:
     """64-bit code with small system tables."""
     values: dict[str, object] = {
         "gprs": gprs(rsp=STACK),
-        "idt": Table(IDT, 0xFFF),
-        "gdt": Table(GDT, 0xFF),
-        "tr": Segment(0x40, TSS, 0x67 + 8192, type=11, code_or_data=False),
+        "idt": DescriptorTable(IDT, 0xFFF),
+        "gdt": DescriptorTable(GDT, 0xFF),
+        "tr": segment(0x40, TSS, 0x67 + 8192, type=11, s=0),
     }
     return CpuState(**{**values, **more})  # type: ignore[arg-type]
 
@@ -64,8 +72,8 @@ def test_a_fetch_that_crosses_a_page_is_two_parts() -> None:
 def test_outside_64_bit_mode_an_access_wraps_at_4_gib() -> None:
     state = CpuState(
         gprs=gprs(rbx=0xFFFF_FFFE),
-        cs=Segment(big=True, limit=0xFFFF_FFFF),
-        ds=Segment(big=True, limit=0xFFFF_FFFF),
+        cs=segment(db=1, limit=0xFFFF_FFFF),
+        ds=segment(db=1, limit=0xFFFF_FFFF),
         efer=0,
     )
     (_, access) = accesses(bytes.fromhex("8b03"), state)
@@ -96,7 +104,7 @@ def test_interrupt_in_long_mode_at_the_same_privilege() -> None:
 def test_interrupt_from_user_mode_takes_its_stack_from_the_tss(ist: int, slot: int) -> None:
     tss = {f"x{TSS + slot:x}": struct.pack("<Q", 0xA018)}
     memory = Bytes(x1800=gate(8, ist), x2008=KERNEL_CODE, **tss)
-    state = kernel(ss=Segment(dpl=3))
+    state = kernel(ss=segment(dpl=3))
     assert brief(accesses(b"\xcd\x80", state, memory=memory)) == [
         (IDT + 0x800, 16, READ, Role.GATE),
         (GDT + 8, 8, READ, Role.DESCRIPTOR),
@@ -114,16 +122,14 @@ def test_interrupt_without_memory_is_certain_of_the_gate_only() -> None:
 
 
 def test_interrupt_beyond_the_idt_is_no_access() -> None:
-    (_, only) = accesses(b"\xcd\xff", kernel(idt=Table(IDT, 0x1F)))
+    (_, only) = accesses(b"\xcd\xff", kernel(idt=DescriptorTable(IDT, 0x1F)))
     assert (only.address, only.certain) == (None, False)
 
 
 def test_interrupt_of_a_32_bit_guest_switching_stacks() -> None:
     idt_gate = struct.pack("<HHHH", 0, 8, 0xEE00, 0)
     tss = struct.pack("<IH", 0xA000, 0x10)
-    state = kernel(
-        cs=Segment(0x1B, big=True, dpl=3), ss=Segment(0x23, big=True, dpl=3), efer=0, cr0=0x11
-    )
+    state = kernel(cs=segment(0x1B, db=1, dpl=3), ss=segment(0x23, db=1, dpl=3), efer=0, cr0=0x11)
     memory = Bytes(
         x1400=idt_gate,
         x2008=struct.pack("<QQ", 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF),
@@ -140,7 +146,7 @@ def test_interrupt_of_a_32_bit_guest_switching_stacks() -> None:
 
 def test_interrupt_in_real_mode_pushes_before_it_reads_the_vector() -> None:
     state = CpuState(
-        gprs=gprs(rsp=0x100), cs=Segment(), ss=Segment(0x200, 0x2000), cr0=0x10, efer=0
+        gprs=gprs(rsp=0x100), cs=segment(), ss=segment(0x200, 0x2000), cr0=0x10, efer=0
     )
     assert brief(accesses(b"\xcd\x21", state)) == [
         (0x20FE, 2, WRITE, Role.STACK),
@@ -151,7 +157,7 @@ def test_interrupt_in_real_mode_pushes_before_it_reads_the_vector() -> None:
 
 
 def test_iret_to_user_mode_reads_two_more_words_and_two_descriptors() -> None:
-    state = kernel(cs=Segment(8, big=True), ss=Segment(0x10, big=True), efer=0, cr0=0x11)
+    state = kernel(cs=segment(8, db=1), ss=segment(0x10, db=1), efer=0, cr0=0x11)
     memory = Bytes(x9008=struct.pack("<IIIII", 0x1000, 0x1B, 2, 0x8000, 0x23))
     listed = accesses(b"\xcf", state, memory=memory)
     reads = [access for access in listed if access.kind is READ]
@@ -164,12 +170,12 @@ def test_iret_to_user_mode_reads_two_more_words_and_two_descriptors() -> None:
 
 
 def test_iret_with_nt_set_reads_the_back_link() -> None:
-    state = kernel(cs=Segment(8, big=True), ss=Segment(big=True), efer=0, rflags=2 | 1 << 14)
+    state = kernel(cs=segment(8, db=1), ss=segment(db=1), efer=0, rflags=2 | 1 << 14)
     assert (TSS, 2, READ, Role.TSS) in brief(accesses(b"\xcf", state))
 
 
 def test_port_io_of_a_user_process_reads_the_bitmap() -> None:
-    state = kernel(gprs=gprs(rdx=0x3F8), ss=Segment(dpl=3))
+    state = kernel(gprs=gprs(rdx=0x3F8), ss=segment(dpl=3))
     memory = Bytes(x3066=struct.pack("<H", 0x68))
     assert brief(accesses(b"\xee", state, memory=memory)) == [
         (TSS + 0x66, 2, READ, Role.TSS),
@@ -189,7 +195,7 @@ def test_operands_named_by_rax(code: str, size: int, kind: AccessKind) -> None:
 
 def test_mov_to_cr3_under_pae_reads_the_directory_pointers_physically() -> None:
     state = CpuState(
-        gprs=gprs(rax=0x7020), cs=Segment(big=True, limit=0xFFFF_FFFF), cr0=0x8000_0011, efer=0
+        gprs=gprs(rax=0x7020), cs=segment(db=1, limit=0xFFFF_FFFF), cr0=0x8000_0011, efer=0
     )
     (_, access) = accesses(bytes.fromhex("0f22d8"), state)
     assert (access.address, access.size, access.physical) == (0x7020, 32, True)
@@ -225,7 +231,7 @@ def test_a_repeat_names_its_next_element_and_the_rest() -> None:
 def test_addresses_the_guest_itself_faults_on_say_so() -> None:
     (_, access) = accesses(bytes.fromhex("8b03"), kernel(gprs=gprs(rbx=1 << 62)))
     assert "not canonical" in access.note
-    state = CpuState(gprs=gprs(rbx=0x2000), cs=Segment(big=True), ds=Segment(limit=0xFFF), efer=0)
+    state = CpuState(gprs=gprs(rbx=0x2000), cs=segment(db=1), ds=segment(limit=0xFFF), efer=0)
     (_, access) = accesses(bytes.fromhex("8b03"), state)
     assert "beyond the segment's limit" in access.note
 
@@ -255,8 +261,8 @@ segments = st.builds(
     limit=st.integers(0, 0xFFFF_FFFF),
     type=st.integers(0, 15),
     dpl=st.integers(0, 3),
-    long=st.booleans(),
-    big=st.booleans(),
+    l=st.integers(0, 1),
+    db=st.integers(0, 1),
 )
 states = st.builds(
     CpuState,

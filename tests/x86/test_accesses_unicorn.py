@@ -19,7 +19,8 @@ import unicorn.x86_const as ux
 
 from guestfault.x86.accesses import AccessKind, MemoryAccess, accesses
 from guestfault.x86.instruction import decode, instruction_text
-from guestfault.x86.state import GPR_NAMES, CpuState, Segment, Table
+from guestfault.x86.segments import Segment
+from guestfault.x86.state import GPR_NAMES, CpuState, DescriptorTable
 
 MEMORY = 64 << 20
 GDT = 0x30_0000
@@ -356,19 +357,19 @@ def state_of(row: Row) -> CpuState:
         real = row.bits == 16
         selector = values.get(name, 0 if real else selector)
         base = selector << 4 if real else values.get(f"{name}_base", 0)
-        return Segment(selector, base, limit, big=big)
+        return Segment(selector, base, limit, type=3, s=1, present=1, db=big)
 
     return CpuState(
         gprs=tuple(values[name] for name in GPR_NAMES),
         rip=CODE[row.bits],
         rflags=values["rflags"],
-        cs=Segment(0 if row.bits == 16 else 8, 0, limit, type=11, long=long, big=big),
+        cs=Segment(0 if row.bits == 16 else 8, 0, limit, type=11, s=1, present=1, l=long, db=big),
         ss=segment("ss", 0x10),
         ds=segment("ds", 0x10),
         es=segment("es", 0x10),
         fs=segment("fs", 0x10),
         gs=segment("gs", 0x10),
-        gdt=Table(GDT, 8 * len(DESCRIPTORS) - 1),
+        gdt=DescriptorTable(GDT, 8 * len(DESCRIPTORS) - 1),
         cr0=0x10 if row.bits == 16 else 0x11,
         efer=0x500 if long else 0,
     )

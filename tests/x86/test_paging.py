@@ -36,7 +36,7 @@ from guestfault.x86.tables import (
     TableBuilder,
 )
 
-READ, WRITE, FETCH = AccessKind
+READ, WRITE, FETCH, _ = AccessKind
 MODES = [mode for mode in PagingMode if mode is not PagingMode.NONE]
 P, W, U, RSVD, I = 1, 2, 4, 8, 16  # noqa: E741 - the manual's letters for the error code
 GVA, GPA = 0x40_3000, 0x7000
@@ -93,7 +93,8 @@ ROWS = [
 
 
 def manual_allows(who: str, kind: AccessKind, *flags: bool) -> bool:
-    case = [who, kind.name.lower(), *(str(int(flag)) for flag in flags)]
+    name = "write" if kind.writes else kind.name.lower()
+    case = [who, name, *(str(int(flag)) for flag in flags)]
     return any(
         all(want in ("-", have) for want, have in zip(row, case, strict=True)) for row in ROWS
     )
@@ -128,7 +129,7 @@ def test_rights_are_the_manuals(denied_at: int, wp: bool, smep: bool, smap: bool
                 assert (result.user, result.writable, result.executable) == (us, rw, not xd)
                 assert state.permits(result.rights, kind, who == "user", ac=lifted)
             else:
-                code = P | W * (kind is WRITE) | U * (who == "user") | I * (kind is FETCH)
+                code = P | W * kind.writes | U * (who == "user") | I * (kind is FETCH)
                 assert isinstance(result, PageFault)
                 assert (result.gva, result.error_code, result.level) == (GVA, code, 1)
                 assert len(result.entries) == 4
@@ -253,13 +254,13 @@ def test_accessed_and_dirty_updates(mode: PagingMode, kind: AccessKind):
     memory = Memory(tables)
     first = walk(tables.state, GVA, kind, False, memory.read)
     assert isinstance(first, Translation)
-    assert first.dirty == (kind is WRITE)
+    assert first.dirty == kind.writes
     flagged = {gpa: value for gpa, value, _ in first.updates}
     for gpa, value, level in first.entries:
         if mode is PagingMode.PAE and level == 3:
             assert gpa not in flagged
             continue
-        dirty = PT_DIRTY_MASK if level == 1 and kind is WRITE else 0
+        dirty = PT_DIRTY_MASK if level == 1 and kind.writes else 0
         assert flagged[gpa] == value | PT_ACCESSED_MASK | dirty
     assert {size for _, _, size in first.updates} == {mode.entry_size}
     memory.changed.update(flagged)
@@ -399,7 +400,7 @@ def test_any_bytes_give_a_result(
             same = again._replace(entries=result.entries, updates=result.updates)
             assert same == result
         case PageFault():
-            assert bool(result.error_code & W) == (kind is WRITE)
+            assert bool(result.error_code & W) == kind.writes
             assert bool(result.error_code & U) == user
             assert result.error_code & (P | RSVD) != RSVD
             if result.entries:

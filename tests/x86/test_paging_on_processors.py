@@ -25,7 +25,7 @@ from guestfault.x86.paging import AccessKind, PageFault, PagingState, Translatio
 from guestfault.x86.segments import FLAT_GDT, Segments
 from guestfault.x86.tables import SIZE_4K, SIZE_4M, Mapping, PagingMode, TableBuilder
 
-READ, WRITE, FETCH = AccessKind
+KINDS = READ, WRITE, FETCH = AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH
 MODES = [mode for mode in PagingMode if mode is not PagingMode.NONE]
 
 # Guest physical layout.  Every page of data starts with "mov eax, <its own number>", which is also
@@ -140,7 +140,7 @@ def test_unicorn_reaches_the_same_pages(mode: PagingMode):
         start = (index + 1) * mode.page_sizes[-1]
         places += [start, start + SIZE_4K] if page == SIZE_4K else [start + 0xD000]
     reached = []
-    for gva, kind in itertools.product(places, AccessKind):
+    for gva, kind in itertools.product(places, KINDS):
         expected = our_page(tables, tables.state, gva, kind, False, False)
         assert run_on_unicorn(tables, tables.state, gva, kind, False, False) == expected
         reached.append(expected)
@@ -169,7 +169,7 @@ def test_unicorn_knows_the_same_rights(user: bool, wp: bool, cr4: int, ac: bool)
         tables.map(Mapping(start + at, DATA + at, SIZE_4K, user=us, writable=rw, executable=x))
     base = tables.state
     state = replace(base, cr0=base.cr0 if wp else base.cr0 & ~reg.CR0_WP, cr4=base.cr4 | cr4)
-    for number, kind in itertools.product(range(8), AccessKind):
+    for number, kind in itertools.product(range(8), KINDS):
         gva = start + number * SIZE_4K
         expected = our_page(tables, state, gva, kind, user, ac)
         assert run_on_unicorn(tables, state, gva, kind, user, ac) == expected, (number, kind)

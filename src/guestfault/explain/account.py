@@ -20,7 +20,7 @@ every missing register, and what changes is reported as unknown.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from guestfault.dialect.interface import EHWPOISON
@@ -128,7 +128,7 @@ def _known_accesses(dump: Dump, code: bytes, reader: ReadMemory | None) -> tuple
     return tuple(
         access
         if number < len(other) and (access.address, access.span) == _place(other[number])
-        else replace(access, address=None, span=None, certain=False, note=why)
+        else access._replace(address=None, span=None, certain=False, note=why)
         for number, access in enumerate(listed)
     )
 
@@ -139,7 +139,7 @@ def _place(access: MemoryAccess) -> tuple[int | None, tuple[int, int] | None]:
 
 def _bare_fetch(state: CpuState) -> MemoryAccess:
     """The one access that is certain without the code: the fetch of its first byte."""
-    return replace(accesses(b"", state)[0], note="its bytes are not known")
+    return accesses(b"", state)[0]._replace(note="its bytes are not known")
 
 
 def _rank(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.explain.errors import ExplainError
 from guestfault.explain.text import Token, clean, tokens
-from guestfault.x86.state import GPR_NAMES, CpuState, Segment, Table
+from guestfault.x86.segments import Segment
+from guestfault.x86.state import GPR_NAMES, CpuState, DescriptorTable
 
 __all__ = ["Dump", "Failure", "parse_dumps"]
 
@@ -51,7 +52,7 @@ class Dump:
     cpu: int | None = None
     registers: Mapping[str, int] = field(default_factory=dict)
     segments: Mapping[str, Segment] = field(default_factory=dict)
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, DescriptorTable] = field(default_factory=dict)
     vectors: Mapping[int, bytes] = field(default_factory=dict)
     code_before: bytes = b""
     code: bytes = b""
@@ -103,9 +104,11 @@ class Dump:
                 base=fill,
                 limit=0xFFFF_FFFF if protected else 0xFFFF,
                 dpl=cpl,
-                long=long and name == "CS",
-                big=protected and not (long and name == "CS"),
-                code_or_data=name not in ("TR", "LDT"),
+                type={"CS": 11, "TR": 11, "LDT": 2}.get(name, 3),
+                s=int(name not in ("TR", "LDT")),
+                present=1,
+                l=int(long and name == "CS"),
+                db=int(protected and not (long and name == "CS")),
             )
 
         def flag_register(short: str) -> int:
@@ -127,8 +130,8 @@ class Dump:
             gs=segment("GS"),
             tr=segment("TR"),
             ldt=segment("LDT"),
-            gdt=self.tables.get("GDT", Table(fill)),
-            idt=self.tables.get("IDT", Table(fill)),
+            gdt=self.tables.get("GDT", DescriptorTable(fill)),
+            idt=self.tables.get("IDT", DescriptorTable(fill)),
             cr0=read("CR0", fallback),
             cr3=read("CR3", fill),
             cr4=read("CR4", 0x20 if long else 0),
@@ -188,7 +191,7 @@ class _Builder:
         self.cpu: int | None = None
         self.registers: dict[str, int] = {}
         self.segments: dict[str, Segment] = {}
-        self.tables: dict[str, Table] = {}
+        self.tables: dict[str, DescriptorTable] = {}
         self.vectors: dict[int, bytes] = {}
         self.code: tuple[list[int | None], list[int | None] | None] | None = None
         self.problems: list[str] = []
@@ -236,7 +239,7 @@ class _Builder:
             case int(selector), int(base), int(limit), int(flags):
                 self.segments[token.name] = Segment.from_flags(selector, base, limit, flags)
             case int(base), int(limit):
-                self.tables[token.name] = Table(base, limit)
+                self.tables[token.name] = DescriptorTable(base, limit)
             case bytes(data):
                 self.vectors[int(token.name)] = data
             case list(before), after:

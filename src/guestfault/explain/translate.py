@@ -15,15 +15,6 @@ from guestfault.x86.state import CpuState
 
 __all__ = ["Translated", "Translator", "linear_reader"]
 
-#: What the CPU accesses for itself, as a supervisor whatever the CPL.
-_SYSTEM_ROLES = {Role.DESCRIPTOR, Role.GATE, Role.TSS, Role.IO_BITMAP}
-_KINDS = {
-    AccessKind.READ: paging.AccessKind.READ,
-    AccessKind.WRITE: paging.AccessKind.WRITE,
-    AccessKind.READ_WRITE: paging.AccessKind.WRITE,
-    AccessKind.FETCH: paging.AccessKind.FETCH,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Translated:
@@ -65,11 +56,11 @@ class Translator:
         result = paging.walk(
             self._paging,
             address,
-            _KINDS[access.kind],
+            access.kind,
             self._state.cpl == 3,
             image.read_entry,
             ac=bool(self._state.rflags & X86_EFLAGS_AC),
-            implicit=access.role in _SYSTEM_ROLES,
+            implicit=access.system,
         )
         match result:
             case paging.Translation(gpa=gpa):
@@ -111,7 +102,7 @@ def linear_reader(state: CpuState, image: MemoryImage) -> ReadMemory:
         data = b""
         for part in whole.pages():
             found = paging.walk(
-                registers, part.address, paging.AccessKind.READ, False, image.read_entry, ac=True
+                registers, part.address, AccessKind.READ, False, image.read_entry, ac=True
             )
             if not isinstance(found, paging.Translation):
                 return None

@@ -48,7 +48,15 @@ from guestfault.x86.operands import used_accesses
 from guestfault.x86.registers import CR0_PG, CR4_CET, CR4_PAE, EFER_LME
 from guestfault.x86.state import CpuState
 
-__all__ = ["AccessKind", "MemoryAccess", "PagePart", "Role", "accesses", "instruction_accesses"]
+__all__ = [
+    "AccessKind",
+    "MemoryAccess",
+    "PagePart",
+    "Role",
+    "accesses",
+    "data_accesses",
+    "instruction_accesses",
+]
 
 _INFO = InstructionInfoFactory()
 
@@ -56,8 +64,10 @@ _SEGMENTS = range(Register.ES, Register.GS + 1)
 _FAR_POINTER_LOADS = {Mnemonic.LDS, Mnemonic.LES, Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS}
 _LOOKS = {Mnemonic.LAR: 1, Mnemonic.LSL: 1, Mnemonic.VERR: 0, Mnemonic.VERW: 0}
 _IRETS = {Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ}
-_INPUTS = {Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD}
-_OUTPUTS = {Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD}
+_PORT_IO = {
+    *(Mnemonic.IN, Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD),
+    *(Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
+}
 
 #: Instructions whose memory operand is named by rAX alone, which iced does not list:
 #: code -> (address register, bytes, kind, role, whether rAX is a physical address).
@@ -128,13 +138,17 @@ def instruction_accesses(
         Role.FETCH,
         note="" if whole else "its bytes are not all known",
     )
+    return (fetch, *data_accesses(instruction, context))
+
+
+def data_accesses(instruction: Instruction, context: CodeContext) -> tuple[MemoryAccess, ...]:
+    """All of them but the fetch; none if the bytes were no instruction."""
     if instruction.is_invalid:
-        return (fetch,)
+        return ()
     vector = transfer.vector_of(instruction)
     if vector is not None:
-        return (fetch, *transfer.interrupt(context, vector), *_shadow_stack(context, instruction))
+        return (*transfer.interrupt(context, vector), *_shadow_stack(context, instruction))
     return (
-        fetch,
         *_port_check(context, instruction),
         *_operands(context, instruction),
         *_by_rax(context, instruction),
@@ -146,14 +160,14 @@ def instruction_accesses(
 def _operands(context: CodeContext, instruction: Instruction) -> list[MemoryAccess]:
     """Operands and stack, with the descriptors that they select, in order."""
     # iced lists an explicit operand first; one that is only named (LEA) it does not list at all.
-    explicit = any(instruction.op_kind(n) == OpKind.MEMORY for n in range(instruction.op_count))
+    explicit = OpKind.MEMORY in (instruction.op0_kind, instruction.op1_kind, instruction.op2_kind)
     listed: list[MemoryAccess] = []
     for number, used in enumerate(_INFO.info(instruction).used_memory()):
         listed += used_accesses(context, instruction, used, explicit=explicit and number == 0)
     if instruction.mnemonic == Mnemonic.ENTER:
         return [*listed, _enter_probe(context, instruction, listed)]
-    reads = [access for access in listed if not access.kind.writes]
-    writes = [access for access in listed if access.kind.writes]
+    reads = [access for access in listed if not access.kind & 1]
+    writes = [access for access in listed if access.kind & 1]
     return reads + _descriptors(context, instruction, reads) + writes
 
 
@@ -215,16 +229,16 @@ def _enter_probe(
 
 def _port_check(context: CodeContext, instruction: Instruction) -> list[MemoryAccess]:
     mnemonic = instruction.mnemonic
+    if mnemonic not in _PORT_IO:
+        return []
     if mnemonic in (Mnemonic.IN, Mnemonic.OUT):
         port_operand, data_operand = (1, 0) if mnemonic == Mnemonic.IN else (0, 1)
         size = RegisterInfo(instruction.op_register(data_operand)).size
         if instruction.op_kind(port_operand) == OpKind.IMMEDIATE8:
             return transfer.io_bitmap(context, instruction.immediate8, size)
-    elif mnemonic in _INPUTS or mnemonic in _OUTPUTS:
+    else:
         size = 1 if mnemonic in (Mnemonic.INSB, Mnemonic.OUTSB) else 2
         size = 4 if mnemonic in (Mnemonic.INSD, Mnemonic.OUTSD) else size
-    else:
-        return []
     return transfer.io_bitmap(context, context.register(Register.DX) or 0, size)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from iced_x86 import CodeSize, Register
 
 from guestfault.x86.memory_access import AccessKind, MemoryAccess, Role
-from guestfault.x86.state import CpuState, Segment
+from guestfault.x86.segments import Segment
+from guestfault.x86.state import CpuState
 
 __all__ = ["CodeContext", "ReadMemory", "sign_extend"]
 
@@ -21,6 +22,9 @@ __all__ = ["CodeContext", "ReadMemory", "sign_extend"]
 ReadMemory = Callable[[int, int], bytes | None]
 
 _BITS: dict[int, int] = {CodeSize.CODE16: 16, CodeSize.CODE32: 32, CodeSize.CODE64: 64}
+
+#: In 64-bit mode the other segments have no base.
+_BASED = {Register.FS, Register.GS}
 
 _SEGMENT_NAMES: dict[int, str] = {
     Register.ES: "es",
@@ -73,7 +77,7 @@ class CodeContext:
         """Width of the stack pointer."""
         if self.code_size == 64:
             return 64
-        return 32 if self.state.ss.big else 16
+        return 32 if self.state.ss.db else 16
 
     def register(self, register: int) -> int | None:
         """Value of a general register of any width; None for every other kind."""
@@ -102,7 +106,7 @@ class CodeContext:
     def linear(self, segment: int, offset: int) -> int:
         """Linear address; in 64-bit mode only FS and GS have a base."""
         if self.code_size == 64:
-            base = self.segment(segment).base if segment in (Register.FS, Register.GS) else 0
+            base = self.segment(segment).base if segment in _BASED else 0
             return (base + offset) & ((1 << 64) - 1)
         return (self.segment(segment).base + offset) & 0xFFFF_FFFF
 
@@ -120,13 +124,17 @@ class CodeContext:
     ) -> MemoryAccess:
         """An access through a segment, noting if the guest itself gets an exception from it."""
         address = self.linear(segment, offset)
+        refused = False
         if self.code_size == 64:
             if not self._canonical(address):
+                refused = True
                 note = _join(note, "not canonical: #GP or #SS in the guest, no access is made")
         elif not self.segment(segment).holds(offset, size):
+            refused = True
             note = _join(note, "beyond the segment's limit: #GP or #SS in the guest")
+        bits = self.address_bits
         return MemoryAccess(
-            address, size, kind, role, note, certain, span, address_bits=self.address_bits
+            address, size, kind, role, note, certain, span, address_bits=bits, refused=refused
         )
 
     def stack(
@@ -151,11 +159,20 @@ class CodeContext:
         *,
         note: str = "",
         certain: bool = True,
+        refused: bool = False,
     ) -> MemoryAccess:
         """An access to a system structure, by linear address."""
         bits = 64 if self.state.long_mode else 32
         return MemoryAccess(
-            address % (1 << bits), size, kind, role, note, certain, address_bits=bits
+            address % (1 << bits),
+            size,
+            kind,
+            role,
+            note,
+            certain,
+            address_bits=bits,
+            system=True,
+            refused=refused,
         )
 
     def unknown(self, size: int, kind: AccessKind, role: Role, why: str) -> MemoryAccess:

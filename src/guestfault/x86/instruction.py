@@ -6,6 +6,8 @@ at most, RIP-relative operands resolved against the real RIP, and Intel syntax f
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from iced_x86 import Decoder, DecoderError, Formatter, FormatterSyntax, Instruction
 
 __all__ = ["MAX_LENGTH", "decode", "instruction_text"]
@@ -28,11 +30,12 @@ def _formatter() -> Formatter:
 _FORMATTER = _formatter()
 
 
+@lru_cache(maxsize=1024)
 def decode(code: bytes, ip: int, code_size: int) -> tuple[Instruction, bool]:
     """Decode the first instruction of ``code``, which lies at ``ip`` in ``code_size``-bit code.
 
-    Returns it and whether the bytes sufficed.  It ``is_invalid`` if they did not, or if no CPU has
-    such an instruction.
+    Returns it, not to be changed, and whether the bytes sufficed.  It ``is_invalid`` if they did
+    not, or if no CPU has such an instruction.
 
     >>> instruction, whole = decode(bytes.fromhex("41817e285f465648"), 0xfffd1cb5, 64)
     >>> instruction_text(instruction), whole

@@ -7,26 +7,14 @@ address that cannot be computed is ``None``; it is never a guess.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
+
+from guestfault.x86.access_kind import AccessKind
 
 __all__ = ["PAGE_SIZE", "AccessKind", "MemoryAccess", "PagePart", "Role"]
 
 PAGE_SIZE = 4096
-
-
-class AccessKind(StrEnum):
-    """The direction of an access.  ``READ_WRITE`` needs a writable page from its first read on."""
-
-    READ = "read"
-    WRITE = "write"
-    READ_WRITE = "read-write"
-    FETCH = "fetch"
-
-    @property
-    def writes(self) -> bool:
-        """Whether a read-only mapping would make it fail."""
-        return self in (AccessKind.WRITE, AccessKind.READ_WRITE)
 
 
 class Role(StrEnum):
@@ -50,8 +38,7 @@ class Role(StrEnum):
     SMRAM = "SMM state"
 
 
-@dataclass(frozen=True, slots=True)
-class PagePart:
+class PagePart(NamedTuple):
     """The part of an access that lies in one 4 KiB page: all of it, or one side of a crossing."""
 
     address: int
@@ -63,14 +50,15 @@ class PagePart:
         return self.address & -PAGE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryAccess:
+class MemoryAccess(NamedTuple):
     """An access of ``size`` bytes at linear ``address``.
 
     ``span`` is (lowest address, bytes) of everything that the rest of a REP instruction may touch
     through the same operand; ``address`` and ``size`` are then those of its next element.
-    ``physical`` marks the few accesses that bypass paging.  ``address_bits`` is where linear
-    addresses wrap around: 32 outside 64-bit mode.
+    ``physical`` marks the few accesses that bypass paging, ``system`` those that the processor
+    makes for itself, as a supervisor at any CPL.  ``refused`` says that the guest itself gets an
+    exception (#GP, #SS) in place of the access.  ``address_bits`` is where linear addresses wrap
+    around: 32 outside 64-bit mode.
     """
 
     address: int | None
@@ -82,6 +70,8 @@ class MemoryAccess:
     span: tuple[int, int] | None = None
     physical: bool = False
     address_bits: int = 64
+    system: bool = False
+    refused: bool = False
 
     def pages(self) -> tuple[PagePart, ...]:
         """Its parts, page by page in the order of addresses; empty when the address is not known.

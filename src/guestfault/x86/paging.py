@@ -244,7 +244,7 @@ def walk_from(
     if not permitted >> (rights & 6 | rights >> 63) & 1:
         return _fault(state, gva, kind, user, PFERR_PRESENT_MASK, level, entries)
 
-    if kind == _WRITE:
+    if kind & _WRITE:
         flags = PT_ACCESSED_MASK | PT_DIRTY_MASK
     if entry & flags != flags:
         updates.append((entry_gpa, entry | flags, size))
@@ -272,7 +272,7 @@ def _fault(
     entries: list[Entry],
 ) -> PageFault:
     """``code`` says what was wrong with the entry; the access itself makes up the rest."""
-    if kind == _WRITE:
+    if kind & _WRITE:
         code |= PFERR_WRITE_MASK
     elif kind == _FETCH and state.reports_fetch:
         code |= PFERR_FETCH_MASK

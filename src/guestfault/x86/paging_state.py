@@ -9,11 +9,11 @@ Sources: Intel SDM vol. 3 sections 4.1 (modes), 4.5 (CR3), 4.6 (rights) and 4.7 
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
+from guestfault.x86.access_kind import AccessKind
 from guestfault.x86.entries import (
     ADDRESS_MASK,
     PT64_NX_MASK,
@@ -41,14 +41,6 @@ __all__ = ["ALL_RIGHTS", "AccessKind", "PagingState", "Table"]
 # and the rights along a walk are a plain AND.
 ALL_RIGHTS: Final = PT_WRITABLE_MASK | PT_USER_MASK | PT64_NX_MASK
 """What a walk starts with: R/W, U/S and not-NX."""
-
-
-class AccessKind(enum.IntEnum):
-    """What an access does.  A read-modify-write is a WRITE, as it is to the processor."""
-
-    READ = 0
-    WRITE = 1
-    FETCH = 2
 
 
 _READ: Final = int(AccessKind.READ)
@@ -174,5 +166,5 @@ def _permissions(wp: bool, smep: bool, smap: bool) -> tuple[int, ...]:
         )
         for ac in (False, True)
         for user in (False, True)
-        for kind in (_READ, _WRITE, _FETCH, _READ)  # the last is padding: kind takes two bits
+        for kind in (_READ, _WRITE, _FETCH, _WRITE)  # the last is a read-modify-write
     )

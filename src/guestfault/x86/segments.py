@@ -16,14 +16,18 @@ APM vol. 2 sections 4.7 and 4.8, and 15.5 (the VMCB's attribute word).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from guestfault.errors import GuestfaultError
+
+if TYPE_CHECKING:
+    from guestfault.uapi import kvm as uapi
 
 __all__ = [
     "FLAT_GDT",
     "SEG_TYPE_ACCESSED",
     "SEG_TYPE_CODE",
+    "SEG_TYPE_EXPAND_DOWN",
     "SEG_TYPE_READABLE",
     "SEG_TYPE_WRITABLE",
     "SYS_TYPE_BUSY_TSS",
@@ -42,6 +46,7 @@ __all__ = [
 SEG_TYPE_ACCESSED: Final = 1
 SEG_TYPE_WRITABLE: Final = 2  # in a data segment
 SEG_TYPE_READABLE: Final = 2  # in a code segment
+SEG_TYPE_EXPAND_DOWN: Final = 4  # in a data segment
 SEG_TYPE_CODE: Final = 8
 
 SYS_TYPE_LDT: Final = 2
@@ -78,6 +83,37 @@ class Segment:
     db: int = 0
     g: int = 0
     unusable: int = 0
+
+    def holds(self, offset: int, size: int) -> bool:
+        """Whether ``size`` bytes at ``offset`` lie within the limit; expand-down data included."""
+        if self.s and self.type & (SEG_TYPE_CODE | SEG_TYPE_EXPAND_DOWN) == SEG_TYPE_EXPAND_DOWN:
+            top = 0xFFFF_FFFF if self.db else 0xFFFF
+            return offset > self.limit and offset + size - 1 <= top
+        return offset + size - 1 <= self.limit
+
+    @classmethod
+    def from_kvm(cls, segment: uapi.kvm_segment) -> Segment:
+        """From ``struct kvm_segment``."""
+        return cls(
+            segment.selector,
+            segment.base,
+            segment.limit,
+            segment.type,
+            segment.s,
+            segment.dpl,
+            segment.present,
+            segment.avl,
+            segment.l,
+            segment.db,
+            segment.g,
+            segment.unusable,
+        )
+
+    @classmethod
+    def from_flags(cls, selector: int, base: int, limit: int, flags: int) -> Segment:
+        """From the second dword of a descriptor, ``limit`` in bytes: what QEMU prints of one."""
+        attributes = flags >> 8 & 0xFF | flags >> 12 & 0xF00
+        return cls.from_attributes(selector, base, limit, attributes)
 
     def to_attributes(self) -> int:
         """The VMCB's attribute word: type 3:0, S 4, DPL 6:5, P 7, AVL 8, L 9, D/B 10, G 11.

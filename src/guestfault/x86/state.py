@@ -4,22 +4,31 @@ One frozen record, :class:`CpuState`, serves a live vCPU (``KVM_GET_REGS``, ``KV
 register dump that some other VMM printed.  Registers that a source does not have (vector and mask
 registers, XCR0) are absent: what depends on them is then reported as not known, never guessed.
 
+The hidden parts of segment registers are :class:`guestfault.x86.segments.Segment`.
+
 General registers are kept in the order of their encoding, which is neither ``struct kvm_regs``'s
 nor the one that dumps use: RAX RCX RDX RBX RSP RBP RSI RDI R8 ... R15.
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
+from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import CR0_PE, EFER_LMA, X86_EFLAGS_VM
+from guestfault.x86.segments import (
+    SYS_TYPE_BUSY_TSS,
+    SYS_TYPE_LDT,
+    Segment,
+    flat_code64,
+    flat_data,
+)
 
-if TYPE_CHECKING:
-    from guestfault.uapi import kvm as uapi
-
-__all__ = ["GPR_NAMES", "CpuState", "Segment", "Table"]
+__all__ = ["GPR_NAMES", "CpuState", "DescriptorTable"]
 
 GPR_NAMES = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
@@ -27,68 +36,35 @@ GPR_NAMES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A segment register with its hidden part, as the CPU caches it.
+_CODE, _DATA = flat_code64(), flat_data()
+_TASK = Segment(limit=0xFFFF, type=SYS_TYPE_BUSY_TSS, present=1)
+_LOCAL_TABLE = Segment(limit=0xFFFF, type=SYS_TYPE_LDT, present=1)
 
-    ``limit`` is in bytes (granularity applied); ``type`` is the descriptor's four type bits;
-    ``long`` and ``big`` are its L and D/B flags.
-    """
 
-    selector: int = 0
-    base: int = 0
-    limit: int = 0xFFFF
-    type: int = 3
-    dpl: int = 0
-    present: bool = True
-    code_or_data: bool = True
-    long: bool = False
-    big: bool = False
-
-    @classmethod
-    def from_kvm(cls, segment: uapi.kvm_segment) -> Segment:
-        """From ``struct kvm_segment``."""
-        return cls(
-            selector=segment.selector,
-            base=segment.base,
-            limit=segment.limit,
-            type=segment.type,
-            dpl=segment.dpl,
-            present=bool(segment.present) and not segment.unusable,
-            code_or_data=bool(segment.s),
-            long=bool(segment.l),
-            big=bool(segment.db),
-        )
-
-    @classmethod
-    def from_flags(cls, selector: int, base: int, limit: int, flags: int) -> Segment:
-        """From the second dword of a descriptor: what QEMU prints after the limit."""
-        return cls(
-            selector=selector,
-            base=base,
-            limit=limit,
-            type=flags >> 8 & 15,
-            dpl=flags >> 13 & 3,
-            present=bool(flags >> 15 & 1),
-            code_or_data=bool(flags >> 12 & 1),
-            long=bool(flags >> 21 & 1),
-            big=bool(flags >> 22 & 1),
-        )
-
-    def holds(self, offset: int, size: int) -> bool:
-        """Whether ``size`` bytes at ``offset`` lie within the limit; expand-down data included."""
-        if self.code_or_data and self.type & 0b1100 == 0b0100:
-            top = 0xFFFF_FFFF if self.big else 0xFFFF
-            return offset > self.limit and offset + size - 1 <= top
-        return offset + size - 1 <= self.limit
+_KVM_REGS = struct.Struct("18Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class DescriptorTable:
     """GDTR or IDTR: linear base, limit in bytes."""
 
     base: int = 0
     limit: int = 0xFFFF
+
+
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_HIDDEN_SIZE = uapi.kvm_sregs.cr0.offset
+
+
+@lru_cache(maxsize=64)
+def _hidden(data: bytes) -> tuple[list[Segment], DescriptorTable, DescriptorTable]:
+    """The segments and tables that ``struct kvm_sregs`` begins with: they hardly ever change."""
+    sregs = uapi.kvm_sregs.from_buffer_copy(data.ljust(ctypes.sizeof(uapi.kvm_sregs), b"\0"))
+    return (
+        [Segment.from_kvm(getattr(sregs, name)) for name in _SEGMENTS],
+        DescriptorTable(sregs.gdt.base, sregs.gdt.limit),
+        DescriptorTable(sregs.idt.base, sregs.idt.limit),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +79,16 @@ class CpuState:
     gprs: tuple[int, ...] = (0,) * 16
     rip: int = 0
     rflags: int = 2
-    es: Segment = Segment()
-    cs: Segment = Segment(type=11, long=True, limit=0xFFFF_FFFF)
-    ss: Segment = Segment(big=True, limit=0xFFFF_FFFF)
-    ds: Segment = Segment()
-    fs: Segment = Segment()
-    gs: Segment = Segment()
-    tr: Segment = Segment(type=11, code_or_data=False)
-    ldt: Segment = Segment(type=2, code_or_data=False)
-    gdt: Table = Table()
-    idt: Table = Table()
+    es: Segment = _DATA
+    cs: Segment = _CODE
+    ss: Segment = _DATA
+    ds: Segment = _DATA
+    fs: Segment = _DATA
+    gs: Segment = _DATA
+    tr: Segment = _TASK
+    ldt: Segment = _LOCAL_TABLE
+    gdt: DescriptorTable = DescriptorTable()
+    idt: DescriptorTable = DescriptorTable()
     cr0: int = 0x8000_0011
     cr3: int = 0
     cr4: int = 0x20
@@ -128,20 +104,22 @@ class CpuState:
     @classmethod
     def from_kvm(cls, regs: uapi.kvm_regs, sregs: uapi.kvm_sregs) -> CpuState:
         """From ``struct kvm_regs`` and ``struct kvm_sregs``."""
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, rflags = _KVM_REGS.unpack(regs)
+        (cs, ds, es, fs, gs, ss, tr, ldt), gdt, idt = _hidden(bytes(sregs)[:_HIDDEN_SIZE])
         return cls(
-            gprs=tuple(getattr(regs, name) for name in GPR_NAMES),
-            rip=regs.rip,
-            rflags=regs.rflags,
-            es=Segment.from_kvm(sregs.es),
-            cs=Segment.from_kvm(sregs.cs),
-            ss=Segment.from_kvm(sregs.ss),
-            ds=Segment.from_kvm(sregs.ds),
-            fs=Segment.from_kvm(sregs.fs),
-            gs=Segment.from_kvm(sregs.gs),
-            tr=Segment.from_kvm(sregs.tr),
-            ldt=Segment.from_kvm(sregs.ldt),
-            gdt=Table(sregs.gdt.base, sregs.gdt.limit),
-            idt=Table(sregs.idt.base, sregs.idt.limit),
+            gprs=(rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high),
+            rip=rip,
+            rflags=rflags,
+            es=es,
+            cs=cs,
+            ss=ss,
+            ds=ds,
+            fs=fs,
+            gs=gs,
+            tr=tr,
+            ldt=ldt,
+            gdt=gdt,
+            idt=idt,
             cr0=sregs.cr0,
             cr3=sregs.cr3,
             cr4=sregs.cr4,
@@ -171,9 +149,9 @@ class CpuState:
     @property
     def code_size(self) -> int:
         """Bits of the code at CS:RIP: 16, 32 or 64."""
-        if self.long_mode and self.cs.long:
+        if self.long_mode and self.cs.l:
             return 64
-        return 32 if self.cs.big and not self.virtual8086 else 16
+        return 32 if self.cs.db and not self.virtual8086 else 16
 
     @property
     def cpl(self) -> int:

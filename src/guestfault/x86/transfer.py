@@ -20,6 +20,7 @@ from guestfault.x86.registers import X86_EFLAGS_NT
 __all__ = ["descriptor", "far_transfer", "interrupt", "interrupt_return", "io_bitmap", "vector_of"]
 
 _READ, _WRITE = AccessKind.READ, AccessKind.WRITE
+_VECTORS = {Mnemonic.INT3: 3, Mnemonic.INT1: 1, Mnemonic.INTO: 4}
 
 
 def descriptor(
@@ -51,12 +52,19 @@ def descriptor(
     index = selector & 0xFFF8
     notes = [note] if note else []
     notes.append(f"selector {selector:#x} in the {name}")
-    if index + 7 > table.limit:
+    beyond = index + 7 > table.limit
+    if beyond:
         notes.append("beyond its limit: #GP in the guest, no access is made")
         certain = False
     where = table.base + index
     read = context.system(
-        where, size, kind, Role.DESCRIPTOR, note="; ".join(notes), certain=certain
+        where,
+        size,
+        kind,
+        Role.DESCRIPTOR,
+        note="; ".join(notes),
+        certain=certain,
+        refused=beyond,
     )
     high = context.load(read.address, 8)
     if not marks or (high is not None and high >> 40 & 1):
@@ -68,6 +76,7 @@ def descriptor(
         Role.DESCRIPTOR,
         note="sets the accessed bit" + ("" if high is not None else " if it is clear"),
         certain=certain and high is not None,
+        refused=beyond,
     )
     return [read, set_bit]
 
@@ -78,7 +87,12 @@ def io_bitmap(context: CodeContext, port: int, size: int) -> list[MemoryAccess]:
     if not state.protected or (state.cpl <= state.iopl and not state.virtual8086):
         return []
     start = context.system(
-        state.tr.base + 0x66, 2, _READ, Role.TSS, note="where its I/O bitmap starts"
+        state.tr.base + 0x66,
+        2,
+        _READ,
+        Role.TSS,
+        note="where its I/O bitmap starts",
+        refused=not state.tr.present or state.tr.limit < 0x67,
     )
     bitmap = context.load(start.address, 2)
     if bitmap is None:
@@ -91,8 +105,11 @@ def io_bitmap(context: CodeContext, port: int, size: int) -> list[MemoryAccess]:
     return [start, context.system(address, 2, _READ, Role.IO_BITMAP, note=note)]
 
 
-def interrupt(context: CodeContext, vector: int) -> list[MemoryAccess]:
-    """A software interrupt, from the gate to the last push."""
+def interrupt(context: CodeContext, vector: int, *, error_code: bool = False) -> list[MemoryAccess]:
+    """An interrupt or an exception, from the gate to the last push.
+
+    ``error_code`` is whether it pushes one, as some exceptions do in protected mode.
+    """
     state = context.state
     if not state.protected:
         pushes = [context.stack(-2 * n, 2, _WRITE) for n in (1, 2, 3)]
@@ -114,7 +131,7 @@ def interrupt(context: CodeContext, vector: int) -> list[MemoryAccess]:
     )
     if size * (vector + 1) - 1 > state.idt.limit:
         beyond = "beyond the IDT's limit: #GP in the guest"
-        return [context.unknown(size, _READ, Role.GATE, beyond)]
+        return [context.unknown(size, _READ, Role.GATE, beyond)._replace(refused=True)]
     entry_value = context.load(gate.address, size)
     if entry_value is None:
         return [gate, *_unknown_gate(context)]
@@ -126,9 +143,9 @@ def interrupt(context: CodeContext, vector: int) -> list[MemoryAccess]:
     conforming = bool(target >> 42 & 1)
     new_cpl = state.cpl if conforming else target >> 45 & 3
     if state.long_mode:
-        return [gate, *code, *_long_frame(context, entry_value >> 32 & 7, new_cpl)]
+        return [gate, *code, *_long_frame(context, entry_value >> 32 & 7, new_cpl, error_code)]
     width = 4 if entry_value >> 43 & 1 else 2
-    return [gate, *code, *_protected_frame(context, width, new_cpl)]
+    return [gate, *code, *_protected_frame(context, width, new_cpl, error_code)]
 
 
 def _unknown_gate(context: CodeContext) -> list[MemoryAccess]:
@@ -173,8 +190,12 @@ def _same_stack(context: CodeContext) -> int:
     return context.linear(Register.SS, stack)
 
 
-def _long_frame(context: CodeContext, ist: int, new_cpl: int) -> list[MemoryAccess]:
-    """SS, RSP, RFLAGS, CS, RIP, on a stack from the TSS or the aligned current one."""
+def _long_frame(
+    context: CodeContext, ist: int, new_cpl: int, error_code: bool
+) -> list[MemoryAccess]:
+    """SS, RSP, RFLAGS, CS, RIP (and an error code), on a stack from the TSS or the aligned current
+    one.
+    """
     state = context.state
     reads = []
     top: int | None = _same_stack(context)
@@ -186,14 +207,17 @@ def _long_frame(context: CodeContext, ist: int, new_cpl: int) -> list[MemoryAcce
     if top is None:
         return [*reads, context.unknown(8, _WRITE, Role.STACK, "the new stack lies in the TSS")]
     top &= ~15
-    return [*reads, *(context.system(top - 8 * n, 8, _WRITE, Role.STACK) for n in range(1, 6))]
+    pushes = range(1, 6 + error_code)
+    return [*reads, *(context.system(top - 8 * n, 8, _WRITE, Role.STACK) for n in pushes)]
 
 
-def _protected_frame(context: CodeContext, width: int, new_cpl: int) -> list[MemoryAccess]:
-    """(SS, ESP,) EFLAGS, CS, EIP of a 32-bit or 16-bit gate."""
+def _protected_frame(
+    context: CodeContext, width: int, new_cpl: int, error_code: bool
+) -> list[MemoryAccess]:
+    """(SS, ESP,) EFLAGS, CS, EIP (and an error code) of a 32-bit or 16-bit gate."""
     state = context.state
     if new_cpl == state.cpl:
-        return [context.stack(-width * n, width, _WRITE) for n in (1, 2, 3)]
+        return [context.stack(-width * n, width, _WRITE) for n in range(1, 4 + error_code)]
     # A 16-bit TSS (types 1 and 3) holds SP and SS as words.
     slot, field = (2 + 4 * new_cpl, 2) if state.tr.type & 8 == 0 else (4 + 8 * new_cpl, 4)
     stack = context.system(
@@ -212,7 +236,7 @@ def _protected_frame(context: CodeContext, width: int, new_cpl: int) -> list[Mem
         return [stack, *segment, context.unknown(width, _WRITE, Role.STACK, why)]
     base = loaded >> 16 & 0xFF_FFFF | (loaded >> 56) << 24
     top = base + (value & ((1 << 8 * field) - 1))
-    count = 9 if state.virtual8086 else 5
+    count = (9 if state.virtual8086 else 5) + error_code
     frame = (
         context.system(top - width * n, width, _WRITE, Role.STACK) for n in range(1, count + 1)
     )
@@ -279,4 +303,4 @@ def vector_of(instruction: Instruction) -> int | None:
     """
     if instruction.code == Code.INT_IMM8:
         return instruction.immediate8
-    return {Mnemonic.INT3: 3, Mnemonic.INT1: 1, Mnemonic.INTO: 4}.get(instruction.mnemonic)
+    return _VECTORS.get(instruction.mnemonic)
