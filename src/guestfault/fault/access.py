@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 
 from guestfault.memory.slots import MemorySlot
-from guestfault.x86.paging_state import AccessKind
+from guestfault.x86.access_kind import AccessKind
 
 __all__ = ["Access", "AccessKind", "FoundBy"]
 
@@ -30,7 +30,8 @@ class Access:
     """A guest access.  Addresses in bytes; ``size`` in bytes, a page where only the page is known.
 
     ``kind`` is ``None`` where it is not told (Linux's annotation does not say).  ``instruction`` is
-    the text of the instruction that makes it.
+    the text of the instruction that makes it.  ``why`` is the reason for an answer that was
+    reasoned out: what makes it certain, or what it is one of.
     """
 
     gpa: int | None
@@ -42,9 +43,10 @@ class Access:
     kind: AccessKind | None = None
     instruction: str | None = None
     certain: bool = True
+    why: str = ""
 
     def __str__(self) -> str:
-        what = self.kind.name.lower() if self.kind is not None else "access"
+        what = str(self.kind) if self.kind is not None else "access"
         where = []
         if self.gva is not None:
             where.append(f"gva {self.gva:#x}")

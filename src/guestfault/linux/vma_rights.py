@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from ctypes import byref, sizeof
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from guestfault.errors import KernelError, Unavailable
 from guestfault.linux import vma
@@ -21,8 +21,11 @@ from guestfault.uapi import procfs as uapi
 __all__ = ["VmaRights", "VmaRightsReader"]
 
 
-@dataclass(frozen=True, slots=True)
-class VmaRights:
+_SIZE = sizeof(uapi.procmap_query)
+_READABLE, _WRITABLE = uapi.PROCMAP_QUERY_VMA_READABLE, uapi.PROCMAP_QUERY_VMA_WRITABLE
+
+
+class VmaRights(NamedTuple):
     """A mapping of this process, ``[start, end)``, and whether it may be read and written."""
 
     start: int
@@ -47,15 +50,12 @@ class VmaRightsReader:
     def at(self, address: int) -> VmaRights | None:
         """The mapping that ``address`` lies in, or ``None``."""
         if self._can_query:
-            query = uapi.procmap_query(size=sizeof(uapi.procmap_query), query_addr=address)
+            query = uapi.procmap_query(_SIZE, 0, address)
             result = ioctl(self._fd, uapi.PROCMAP_QUERY, byref(query))
             if result >= 0:
                 flags = query.vma_flags
                 return VmaRights(
-                    query.vma_start,
-                    query.vma_end,
-                    bool(flags & uapi.PROCMAP_QUERY_VMA_READABLE),
-                    bool(flags & uapi.PROCMAP_QUERY_VMA_WRITABLE),
+                    query.vma_start, query.vma_end, flags & _READABLE != 0, flags & _WRITABLE != 0
                 )
             if result == -errno.ENOENT:
                 return None

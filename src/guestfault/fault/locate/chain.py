@@ -1,0 +1,66 @@
+"""All locators of one vCPU, tried in order of how well they know.
+
+==============  =======================================  ==========================================
+locator         how it knows                             what it cannot know
+==============  =======================================  ==========================================
+annotation      the kernel filled kvm_run.memory_fault   read, write or fetch; the exact byte
+tracepoint      KVM's own event on the vCPU's thread     on some hosts the gpa, or the gva
+decode          the instruction at RIP, and the host     which of several absent pages
+mmio            KVM_EXIT_MMIO on RAM, exact to the byte  nothing
+==============  =======================================  ==========================================
+
+The first that answers is believed.  An outcome that is not a failed access of the guest's has no
+locator, and its answer is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guestfault.fault.access import Access
+from guestfault.fault.locate.annotation import from_annotation
+from guestfault.fault.locate.decode import DecodeLocator
+from guestfault.fault.locate.mmio import from_mmio
+from guestfault.fault.outcome import BareFault, MemoryFault, Outcome, RamMmio
+from guestfault.kvm.protocols import Vcpu
+from guestfault.memory.slots import SlotMap
+
+__all__ = ["Locators"]
+
+
+class Locators:
+    """The locators of one vCPU.  :meth:`locate` belongs to the thread that runs it.
+
+    ``tracepoint`` gives the access that the kernel's tracepoints recorded since it was last asked,
+    or ``None``; it is asked after each bare failure.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        slots: SlotMap,
+        decode: DecodeLocator,
+        tracepoint: Callable[[], Access | None] | None = None,
+    ) -> None:
+        self._vcpu = vcpu
+        self._slots = slots
+        self._decode = decode
+        self._tracepoint = tracepoint
+
+    def locate(self, outcome: Outcome) -> tuple[Access, ...]:
+        """The access behind the outcome of the last run, best candidate first.
+
+        Empty if the outcome is not of an access to memory that could not be had.  Ask before the
+        vCPU runs again.
+        """
+        match outcome:
+            case MemoryFault():
+                return (from_annotation(outcome, self._slots),)
+            case BareFault(errno):
+                recorded = self._tracepoint() if self._tracepoint is not None else None
+                if recorded is not None:
+                    return (recorded,)
+                return self._decode.locate(self._vcpu.get_regs(), self._vcpu.get_sregs(), errno)
+            case RamMmio():
+                return (from_mmio(outcome, self._slots),)
+        return ()
