@@ -37,6 +37,7 @@ __all__ = [
 PAGE_SIZE: Final = 4096
 GVA_OFFSET: Final = 1 << 32
 MIN_MEMORY: Final = 64 << 10
+LONG_MODE_LIMIT: Final = 1 << 46  # below the canonical hole, GVA_OFFSET included
 REAL_MODE_LIMIT: Final = 3 << 30  # the devices of a PC, its APICs among them, lie above
 
 
@@ -108,6 +109,8 @@ class Layout:
             return f"the memory must be a multiple of {PAGE_SIZE} bytes"
         if self.memory_size < MIN_MEMORY:
             return f"the memory must be at least {MIN_MEMORY} bytes"
+        if self.memory_size > LONG_MODE_LIMIT:
+            return f"a built-in guest reaches {LONG_MODE_LIMIT} bytes"
         if self.mode is Mode.REAL and self.memory_size > REAL_MODE_LIMIT:
             return f"a real-mode guest reaches {REAL_MODE_LIMIT} bytes; use a long-mode guest"
         data = self.pages - self.header_pages

@@ -104,7 +104,9 @@ class Registered:
         self._ram = ram
         self.name = "userfaultfd, failing" if sigbus else "userfaultfd, waiting"
         required = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM
-        self.uffd = Userfaultfd.open(required=required | (Feature.SIGBUS if sigbus else 0))
+        self.uffd = Userfaultfd.open(
+            Feature.THREAD_ID, required=required | (Feature.SIGBUS if sigbus else 0)
+        )
         try:
             self.uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
         except BaseException:
@@ -134,12 +136,13 @@ class Registered:
                 case failed:
                     raise KernelError("UFFDIO_CONTINUE", failed, f"offset {offset:#x}+{size:#x}")
 
-    def shut(self) -> None:
-        """See :meth:`GuestView.shut`."""
+    def shut(self, offset: int = 0, size: int | None = None) -> None:
+        """See :meth:`GuestView.shut`; here of a part too."""
+        size = self._ram.size if size is None else size
         # Woken, they make the access again, and the protection refuses it before userfaultfd sees
         # it.  To unregister instead would let them read zeros.
-        self._ram.guest.protect(0, self._ram.size, PROT_NONE)
-        self.uffd.wake(self._ram.guest.address, self._ram.size)
+        self._ram.guest.protect(offset, size, PROT_NONE)
+        self.uffd.wake(self._ram.guest.address + offset, size)
 
     def reopen(self) -> None:
         """See :meth:`GuestView.reopen`."""

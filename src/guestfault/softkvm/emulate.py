@@ -49,7 +49,7 @@ _OUT_STRING = {Mnemonic.OUTSB: 1, Mnemonic.OUTSW: 2, Mnemonic.OUTSD: 4}
 
 
 def emulate_planted(vcpu: KvmVcpu) -> int | None:
-    """A port instruction, or SYSCALL/SYSENTER, which the processor must not run alone.
+    """One of the instructions that :mod:`guestfault.softkvm.planted` stops on.
 
     ``None`` if there is another instruction now than the one on which the stop was planted.
     """
@@ -58,6 +58,8 @@ def emulate_planted(vcpu: KvmVcpu) -> int | None:
     if m in (Mnemonic.SYSCALL, Mnemonic.SYSENTER):
         text = "SYSCALL and SYSENTER are not emulated"
         return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
+    if m == Mnemonic.SWAPGS:
+        return _swapgs(vcpu, insn)
     if m in (Mnemonic.IN, Mnemonic.OUT):
         is_in = m == Mnemonic.IN
         size = _SIZES[insn.op0_register if is_in else insn.op1_register]
@@ -107,8 +109,14 @@ def _exit_io(
         low = data & (1 << 8 * size) - 1
         vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size] = low.to_bytes(size, "little")
     vcpu.stat.io_exits += 1
-    # RIP moves when userspace has done its part, as the kernel's fast port I/O does it.
-    vcpu.complete_userspace_io = finish
+    linear_rip = vcpu.cpu.linear_rip
+
+    def complete() -> int:
+        # RIP moves when userspace has done its part, unless that included moving RIP elsewhere:
+        # complete_fast_pio_out() and complete_fast_pio_in() look, too.
+        return finish() if vcpu.cpu.linear_rip == linear_rip else 1
+
+    vcpu.complete_userspace_io = complete
     return 0
 
 
@@ -196,6 +204,16 @@ def _segment_name(insn: iced_x86.Instruction) -> str:
     return _SEGMENT_NAMES[insn.memory_segment]
 
 
+def _swapgs(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
+    if vcpu.cpl:
+        raise AccessFailed(GuestException(GP_VECTOR, 0))
+    sregs, msrs = vcpu.sync_sregs(), vcpu.cpu.msrs
+    sregs.gs.base, msrs["kernel_gs_base"] = msrs["kernel_gs_base"], sregs.gs.base
+    vcpu.cpu.skip(insn.len)
+    vcpu.load_sregs()
+    return 1
+
+
 # -- intercepts ------------------------------------------------------------------------------------
 
 
@@ -224,8 +242,9 @@ def emulate_intercept(vcpu: KvmVcpu, code: int) -> int:
 
 def _software_interrupt(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
     vector = {Mnemonic.INT3: 3, Mnemonic.INTO: 4, Mnemonic.INT1: 1}.get(insn.mnemonic)
-    vcpu.cpu.skip(insn.len)
-    raise AccessFailed(GuestException(insn.immediate8 if vector is None else vector))
+    if vector is None:
+        vector = insn.immediate8
+    raise AccessFailed(GuestException(vector, instruction_length=insn.len))
 
 
 def _access_msr(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:

@@ -51,7 +51,7 @@ def from_intercept(vector: int) -> GuestException:
 def queue(vcpu: KvmVcpu, new: GuestException) -> int:
     """Make an exception pending, combined with one that is: 1, or 0 for a shutdown."""
     first = vcpu.pending_exception
-    if first is not None:
+    if first is not None and not first.instruction_length:
         serious = new.vector == PF_VECTOR or new.vector in CONTRIBUTORY_VECTORS
         if first.vector == DF_VECTOR and serious:
             vcpu.pending_exception = None
@@ -98,7 +98,8 @@ def _deliver_real(vcpu: KvmVcpu, sregs: uapi.kvm_sregs, exception: GuestExceptio
     )
     regs = vcpu.cpu.named_gprs()
     sp = (regs["rsp"] - 6) & 0xFFFF
-    frame = struct.pack("<HHH", regs["rip"] & 0xFFFF, sregs.cs.selector, regs["rflags"] & 0xFFFF)
+    return_ip = (regs["rip"] + exception.instruction_length) & 0xFFFF
+    frame = struct.pack("<HHH", return_ip, sregs.cs.selector, regs["rflags"] & 0xFFFF)
     write_guest_virt(vcpu, sregs.ss.base + sp, frame)
     vcpu.cpu.write_gprs({"rsp": regs["rsp"] & ~0xFFFF | sp, "rip": ip})
     vcpu.cpu.set(
@@ -117,6 +118,8 @@ def _deliver_long(vcpu: KvmVcpu, sregs: uapi.kvm_sregs, exception: GuestExceptio
     offset_low, selector, ist, kind, offset_mid, offset_high = struct.unpack("<HHBBHI4x", gate)
     if kind & 0x1F not in (_INTERRUPT_GATE, _TRAP_GATE):
         raise AccessFailed(GuestException(GP_VECTOR, idt_error))
+    if exception.instruction_length and kind >> 5 & 3 < vcpu.cpl:
+        raise AccessFailed(GuestException(GP_VECTOR, vector * 8 + _IN_IDT))
     if not kind & 0x80:
         raise AccessFailed(GuestException(NP_VECTOR, idt_error))
     target = offset_high << 32 | offset_mid << 16 | offset_low
@@ -144,7 +147,7 @@ def _deliver_long(vcpu: KvmVcpu, sregs: uapi.kvm_sregs, exception: GuestExceptio
     frame = struct.pack(
         f"<{5 + len(error)}Q",
         *error,
-        regs["rip"],
+        regs["rip"] + exception.instruction_length,
         sregs.cs.selector,
         regs["rflags"],
         regs["rsp"],

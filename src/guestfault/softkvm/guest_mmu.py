@@ -12,6 +12,8 @@ The same road, outside the processor, serves what KVM itself accesses on the gue
 
 from __future__ import annotations
 
+import errno
+import functools
 from collections.abc import Iterator
 
 from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
@@ -19,8 +21,22 @@ from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 from guestfault.softkvm.cpu import DEVICE_WINDOW, Access
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.mmu import RetPf, kvm_mmu_do_page_fault
-from guestfault.softkvm.refusal import AccessFailed, Emulate, Exit, GuestException, Refusal
+from guestfault.softkvm.refusal import (
+    AccessFailed,
+    Emulate,
+    Exit,
+    GuestException,
+    Refusal,
+    Retry,
+)
 from guestfault.softkvm.second_stage import PAGE_SIZE, PT_WRITABLE
+from guestfault.x86.entries import (
+    ADDRESS_MASK,
+    PT64_NX_MASK,
+    PT_ACCESSED_MASK,
+    PT_DIRTY_MASK,
+    PT_PRESENT_MASK,
+)
 from guestfault.x86.paging import (
     AccessKind,
     EntryUnreadable,
@@ -42,44 +58,80 @@ from guestfault.x86.registers import (
 __all__ = ["probe_guest_virt", "read_guest_virt", "tlb_fill", "translate", "write_guest_virt"]
 
 _OFFSET = PAGE_SIZE - 1
+_READ_FLAGS = PT_PRESENT_MASK | PT_ACCESSED_MASK
+_WRITTEN = _READ_FLAGS | PT_DIRTY_MASK
 _READ, _WRITE, _FETCH = AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH
 _KIND = {int(Access.READ): _READ, int(Access.WRITE): _WRITE, int(Access.FETCH): _FETCH}
+_EMULATE, _RETRY = RetPf.EMULATE, RetPf.RETRY
+_EFAULT, _TRY_AGAIN = Exit(-errno.EFAULT), Retry()
 _ERROR_CODE = {_READ: 0, _WRITE: PFERR_WRITE_MASK, _FETCH: PFERR_FETCH_MASK}
 
 
 def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
     """Answer a TLB miss: (engine-physical page, rights), or ``None`` and ``vcpu.refusal``."""
     kind = _KIND[access]
-    found = translate(vcpu, gva, kind)
-    if not isinstance(found, Translation):
-        vcpu.refusal = _refused(vcpu, found)
-        return None
-    if found.updates and not _make_updates(vcpu, found):
-        return None
-    gpa = found.gpa
-    page = gpa & ~_OFFSET
-    spte = _spte(vcpu, gpa, kind)
+    entry = _settled_entry(vcpu, gva, kind)
+    if entry is not None:
+        page, rights, dirty = entry
+    else:
+        found = translate(vcpu, gva, kind)
+        if not isinstance(found, Translation):
+            vcpu.refusal = _refused(vcpu, found)
+            return None
+        if found.updates and not _make_updates(vcpu, found):
+            return None
+        page, rights, dirty = found.gpa & ~_OFFSET, found.rights, found.dirty
+    spte = _spte(vcpu, page, kind)
     if spte:
-        return page, _perms(vcpu, found, spte)
+        perms = _first_stage_perms(
+            vcpu.paging.permissions,
+            vcpu.cpl == 3 and gva & ~_OFFSET != vcpu.system_page,
+            vcpu.smap_ac,
+            rights & 6 | rights >> 63,
+        )
+        # A clean page stays unwritable in the TLB, so that the write that dirties it is seen.
+        return page, perms if dirty and spte & PT_WRITABLE else perms & ~UC_PROT_WRITE
     devices = vcpu.device_pages
     if devices is not None and type(vcpu.refusal) is Emulate and kind is not _FETCH:
         devices[gva & ~_OFFSET] = page
-        return DEVICE_WINDOW + page, UC_PROT_READ | UC_PROT_WRITE
+        # A read-only slot is a device to writes alone.
+        memory = vcpu.kvm.memslots.gfn_to_memslot(page >> 12) is not None
+        return DEVICE_WINDOW + page, UC_PROT_WRITE | (0 if memory else UC_PROT_READ)
     return None
 
 
-def _perms(vcpu: KvmVcpu, found: Translation, spte: int) -> int:
-    permits, rights = vcpu.paging.permits, found.rights
-    user, ac = vcpu.cpl == 3, vcpu.smap_ac
-    perms = 0
-    if permits(rights, _READ, user, ac=ac):
-        perms |= UC_PROT_READ
-    # A clean page stays unwritable in the TLB, so that the write that dirties it is seen.
-    if found.dirty and spte & PT_WRITABLE and permits(rights, _WRITE, user, ac=ac):
-        perms |= UC_PROT_WRITE
-    if permits(rights, _FETCH, user, ac=ac):
-        perms |= UC_PROT_EXEC
-    return perms
+@functools.lru_cache(maxsize=64)
+def _first_stage_perms(permissions: tuple[int, ...], user: bool, ac: bool, rights: int) -> int:
+    """What :meth:`~guestfault.x86.paging.PagingState.permits`, for all three kinds at once."""
+    perms = ((_READ, UC_PROT_READ), (_WRITE, UC_PROT_WRITE), (_FETCH, UC_PROT_EXEC))
+    return sum(
+        perm for kind, perm in perms if permissions[kind | user << 2 | ac << 3] >> rights & 1
+    )
+
+
+def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind) -> tuple[int, int, bool] | None:
+    """The usual miss in short: (page, rights, dirty) if nothing about it needs a walk.
+
+    The last table is known, and its entry permits the access and has its flags set already.
+    """
+    shift = vcpu.table_shift
+    table = vcpu.tables.get(gva >> shift) if shift else None
+    if table is None:
+        return None
+    paging = vcpu.paging
+    size = paging.entry_size
+    data = _copy_from_guest(vcpu, table.gpa + (gva >> 12) % (PAGE_SIZE // size) * size, size)
+    if data is None:
+        return None
+    entry = int.from_bytes(data, "little")
+    flags = _WRITTEN if kind is _WRITE else _READ_FLAGS
+    if entry & flags != flags or entry & paging.formats[1].reserved_leaf:
+        return None
+    rights = table.rights & (entry ^ PT64_NX_MASK)
+    permitted = paging.permissions[kind | (vcpu.cpl == 3) << 2 | vcpu.smap_ac << 3]
+    if not permitted >> (rights & 6 | rights >> 63) & 1:
+        return None
+    return entry & ADDRESS_MASK, rights, entry & PT_DIRTY_MASK != 0
 
 
 # -- KVM's own accesses ------------------------------------------------------------------------------
@@ -144,9 +196,14 @@ def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = Fal
         return None if data is None else int.from_bytes(data, "little")
 
     user, ac, shift = vcpu.cpl == 3, vcpu.smap_ac, vcpu.table_shift
+    implicit = implicit or gva & ~_OFFSET == vcpu.system_page
     table = vcpu.tables.get(gva >> shift) if shift else None
     if table is not None:
-        return walk_from(vcpu.paging, table, gva, kind, user, read_entry, ac=ac, implicit=implicit)
+        found = walk_from(vcpu.paging, table, gva, kind, user, read_entry, ac=ac, implicit=implicit)
+        if type(found) is not PageFault:
+            return found
+        # An entry above may permit more by now: no processor faults on what it only remembers.
+        del vcpu.tables[gva >> shift]
     found = walk(vcpu.paging, gva, kind, user, read_entry, ac=ac, implicit=implicit)
     if type(found) is Translation and found.table is not None and found.table.level == 1:
         vcpu.tables[gva >> shift] = found.table
@@ -193,14 +250,18 @@ def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
         spte = sptes.get(gpa >> 12, 0)
         if spte and (spte & PT_WRITABLE or kind is not _WRITE):
             return spte
-        r = kvm_mmu_do_page_fault(
-            vcpu, gpa, _ERROR_CODE[kind] | (PFERR_USER_MASK if vcpu.cpl == 3 else 0)
-        )
-        if r == RetPf.EMULATE:
+        user = PFERR_USER_MASK if vcpu.cpl == 3 else 0
+        r = kvm_mmu_do_page_fault(vcpu, gpa, _ERROR_CODE[kind] | user)
+        if r < 0:
+            vcpu.refusal = _EFAULT if r == -errno.EFAULT else Exit(r)
+            return 0
+        if r == _EMULATE:
             vcpu.refusal = Emulate(gpa, kind)
             return 0
-        if r < 0:
-            vcpu.refusal = Exit(r)
+        if r == _RETRY:
+            # The host is taking pages away.  Back to the run loop, as in the kernel: somebody may
+            # want more of this vCPU than that it tries again.
+            vcpu.refusal = _TRY_AGAIN
             return 0
 
 

@@ -9,17 +9,17 @@ from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.refusal import AccessFailed
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["decode", "internal_error"]
+__all__ = ["code_at_rip", "decode", "internal_error"]
 
 _MAX_INSTRUCTION = 15
 
 
 def decode(vcpu: KvmVcpu) -> iced_x86.Instruction:
     """The instruction at RIP; raises :class:`AccessFailed` if its bytes cannot be had."""
-    code = _code_at_rip(vcpu)
+    code = code_at_rip(vcpu)
     if not code:
         read_guest_virt(vcpu, vcpu.cpu.linear_rip, 1, fetch=True)
-    return iced_x86.Decoder(vcpu.cpu.code_size, code, ip=vcpu.cpu.rip).decode()
+    return iced_x86.Decoder(vcpu.cpu.code_size(), code, ip=vcpu.cpu.rip).decode()
 
 
 def internal_error(vcpu: KvmVcpu, suberror: int, text: str) -> int:
@@ -31,7 +31,7 @@ def internal_error(vcpu: KvmVcpu, suberror: int, text: str) -> int:
     vcpu.last_error = text
     run.exit_reason = uapi.KVM_EXIT_INTERNAL_ERROR
     if suberror == uapi.KVM_INTERNAL_ERROR_EMULATION:
-        code = _code_at_rip(vcpu)
+        code = code_at_rip(vcpu)
         failure = run.emulation_failure
         failure.suberror = suberror
         failure.ndata = 4
@@ -44,7 +44,7 @@ def internal_error(vcpu: KvmVcpu, suberror: int, text: str) -> int:
     return 0
 
 
-def _code_at_rip(vcpu: KvmVcpu) -> bytes:
+def code_at_rip(vcpu: KvmVcpu) -> bytes:
     """Up to 15 bytes, fewer if the next page cannot be read; empty if this one cannot."""
     linear = vcpu.cpu.linear_rip
     for size in (_MAX_INSTRUCTION, min(_MAX_INSTRUCTION, 0x1000 - (linear & 0xFFF))):

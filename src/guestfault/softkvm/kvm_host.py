@@ -7,11 +7,12 @@ them and does its part.  What userspace holds are the objects of :mod:`guestfaul
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from guestfault.dialect.record import Dialect
-from guestfault.softkvm.cpu import MAX_PHYS, Cpu
+from guestfault.softkvm.cpu import MAX_PHYS, REQUESTED, Cpu, Stop
 from guestfault.softkvm.memslots import Memslots
 from guestfault.softkvm.mm import Mm
 from guestfault.softkvm.refusal import GuestException, Refusal, Retry
@@ -20,7 +21,7 @@ from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import PagingState, Table
 from guestfault.x86.registers import CR0_PE, CR0_PG, CR4_SMAP, EFER_LMA, X86_EFLAGS_AC
 
-__all__ = ["Kvm", "KvmVcpu", "Request", "VcpuStat"]
+__all__ = ["Kvm", "KvmVcpu", "Request", "VcpuStat", "kvm_check_request", "kvm_make_request"]
 
 MAX_PHYS_BITS = MAX_PHYS.bit_length() - 1
 
@@ -61,7 +62,9 @@ class KvmVcpu:
     """``struct kvm_vcpu``.  Everything but ``requests`` belongs to the thread that runs it.
 
     ``in_guest_mode`` is ``vcpu->mode``: whoever needs the vCPU's attention sets a bit in
-    ``requests`` and then, if it is in guest mode, stops the processor until it has left.
+    ``requests`` and then, if it is in guest mode, stops the processor until it has left
+    (:func:`kvm_make_request`).  It leaves under ``mode_lock``, so that no stop can come after and
+    hit something else that the processor does.
     """
 
     def __init__(self, kvm: Kvm, vcpu_id: int, run: uapi.kvm_run, run_area: memoryview) -> None:
@@ -71,7 +74,9 @@ class KvmVcpu:
         self.run_area = run_area
         self.stat = VcpuStat()
         self.requests = 0
+        self.requests_lock = threading.Lock()
         self.in_guest_mode = False
+        self.mode_lock = threading.Lock()
         self.thread: int | None = None
         self.sregs = uapi.kvm_sregs()
         self.sregs_changed = True
@@ -84,15 +89,30 @@ class KvmVcpu:
         # processor's paging-structure caches.  ``device_pages`` is set during a device access only.
         self.cpl = 0
         self.paging = PagingState(0, 0, 0, 0)
+        self.protected = self.smap = False
         self.table_shift = 0
         self.tables: dict[int, Table] = {}
         self.device_pages: dict[int, int] | None = None
+        self.system_page: int | None = None  # linear; what the processor accesses for itself
         self.cpu: Cpu  # set by the owner of the vCPU: its hooks are functions over this structure
+
+    def enter_guest(self, execute: Callable[[], Stop]) -> Stop:
+        """Have the processor execute guest code; REQUESTED if a request must be served first."""
+        self.in_guest_mode = True
+        if self.requests:
+            # Made before we were in guest mode: nobody would stop us.
+            self.in_guest_mode = False
+            return REQUESTED
+        try:
+            return execute()
+        finally:
+            with self.mode_lock:
+                self.in_guest_mode = False
 
     @property
     def rflags(self) -> int:
         """RFLAGS."""
-        return self.cpu.get("rflags")
+        return self.cpu.read_rflags()
 
     @property
     def long_mode(self) -> bool:
@@ -102,12 +122,11 @@ class KvmVcpu:
     @property
     def smap_ac(self) -> bool:
         """RFLAGS.AC, where it matters."""
-        return bool(self.paging.cr4 & CR4_SMAP) and bool(self.rflags & X86_EFLAGS_AC)
+        return self.smap and self.cpu.read_rflags() & X86_EFLAGS_AC != 0
 
     def refresh_cpl(self) -> None:
         """Read the privilege level from the processor; the guest changes it without telling."""
-        protected = self.sregs.cr0 & CR0_PE
-        self.cpl = self.cpu.cs_selector & 3 if protected else 0
+        self.cpl = self.cpu.read_cs() & 3 if self.protected else 0
 
     def load_sregs(self) -> None:
         """Make the processor's system registers those in :attr:`sregs`."""
@@ -115,6 +134,7 @@ class KvmVcpu:
         self.cpu.load(s)
         self.paging = PagingState(s.cr0, s.cr3, s.cr4, s.efer, maxphyaddr=MAX_PHYS_BITS)
         self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
+        self.protected, self.smap = bool(s.cr0 & CR0_PE), bool(s.cr4 & CR4_SMAP)
         self.tables.clear()
         self.sregs_changed = False
         self.refresh_cpl()
@@ -124,3 +144,29 @@ class KvmVcpu:
         if not self.sregs_changed:
             self.cpu.read_system(self.sregs)
         return self.sregs
+
+
+def kvm_make_request(vcpu: KvmVcpu, request: int) -> None:
+    """Also ``kvm_vcpu_kick``: returns when the vCPU has been outside guest mode since.
+
+    It may be in again: then it has taken the request, as it must on the way.
+    """
+    with vcpu.requests_lock:
+        vcpu.requests |= request
+    while vcpu.in_guest_mode and vcpu.requests & request:
+        with vcpu.mode_lock:
+            if vcpu.in_guest_mode:
+                vcpu.cpu.stop()
+        if vcpu.thread == threading.get_ident():
+            return  # a signal handler, called in the midst of a hook: the run ends with that
+        # A stop that comes before the processor has begun is lost: repeat it.
+        time.sleep(20e-6)
+
+
+def kvm_check_request(vcpu: KvmVcpu, request: int) -> bool:
+    """Whether there is such a request; it is taken."""
+    if not vcpu.requests & request:
+        return False
+    with vcpu.requests_lock:
+        vcpu.requests &= ~request
+    return True

@@ -8,6 +8,9 @@ tables in hand, we ask the kernel to decide:
 - *fast GUP* must neither sleep nor fault anything in: it succeeds if the page is in our page tables
   (``/proc/self/pagemap``, bit 63) *and* the access is allowed.  A ``PROT_NONE`` page still counts as
   present there, so the protection is checked by a populate of a page that needs no populating.
+  Between the two the host might take the page, and the populate would bring it back: so fast GUP
+  and invalidations exclude each other, as they do in the kernel, where fast GUP runs with
+  interrupts off and whoever takes a page must interrupt every processor first.
 - ``copy_from_user`` and ``copy_to_user`` are :mod:`guestfault.linux.process_memory`.
 
 All of it is behind :class:`Mm`, so that a modelled memory can take the real one's place.
@@ -16,11 +19,13 @@ All of it is behind :class:`Mm`, so that a modelled memory can take the real one
 from __future__ import annotations
 
 import errno
+import threading
 from typing import Protocol
 
-from guestfault.linux import process_memory
+from guestfault.linux import mmu_notifier, process_memory
 from guestfault.linux.mapping import populate_read, populate_write
 from guestfault.linux.pagemap import Pagemap
+from guestfault.uapi.mman import PM_PRESENT, PM_UFFD_WP
 
 __all__ = ["HostMm", "Mm"]
 
@@ -44,14 +49,38 @@ class Mm(Protocol):
 
 
 class HostMm:
-    """This process's own memory."""
+    """This process's own memory.
+
+    A notifier of it, too (:class:`guestfault.linux.mmu_notifier.MmuNotifier`).
+    """
 
     def __init__(self) -> None:
         self._pagemap = Pagemap()
+        self._lock = threading.Lock()
+        self._being_taken: list[tuple[int, int]] = []
+        mmu_notifier.register(self)
+        self._closed = False
+
+    def invalidate_range_start(self, start: int, end: int) -> None:
+        """Fast GUP fails in the range from now on."""
+        with self._lock:
+            self._being_taken.append((start, end))
+
+    def invalidate_range_end(self, start: int, end: int) -> None:
+        """The range is as the host wants it."""
+        with self._lock:
+            self._being_taken.remove((start, end))
 
     def get_user_page_fast_only(self, hva: int, write: bool) -> bool:
         """See :meth:`Mm.get_user_page_fast_only`."""
-        return self._pagemap.present(hva) and self.get_user_pages_unlocked(hva, write) == 0
+        page = hva & -PAGE_SIZE
+        with self._lock:
+            entry = self._pagemap.entry(page)
+            if not entry & PM_PRESENT or (write and entry & PM_UFFD_WP):
+                return False
+            if any(start < page + PAGE_SIZE and page < end for start, end in self._being_taken):
+                return False
+            return (populate_write if write else populate_read)(page, PAGE_SIZE) == 0
 
     def get_user_pages_unlocked(self, hva: int, write: bool) -> int:
         """See :meth:`Mm.get_user_pages_unlocked`."""
@@ -70,5 +99,8 @@ class HostMm:
         return process_memory.write(hva, data)
 
     def close(self) -> None:
-        """Close ``/proc/self/pagemap``."""
-        self._pagemap.close()
+        """Close ``/proc/self/pagemap``.  Again is harmless."""
+        if not self._closed:
+            self._closed = True
+            mmu_notifier.unregister(self)
+            self._pagemap.close()

@@ -12,11 +12,13 @@ one single step with a *device window* where the missing memory would be, and wa
 
 from __future__ import annotations
 
-from guestfault.softkvm.cpu import StopKind
+from guestfault.softkvm.cpu import DEVICE_WINDOW, TRAP, StopKind
+from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu
-from guestfault.softkvm.refusal import AccessFailed, Emulate
+from guestfault.softkvm.refusal import AccessFailed, Emulate, GuestException
 from guestfault.uapi import kvm as uapi
+from guestfault.x86.registers import DB_VECTOR
 
 __all__ = ["DeviceAccesses", "emulate_device_access"]
 
@@ -27,67 +29,79 @@ _MAX_FRAGMENT = 8
 class DeviceAccesses:
     """What one instruction does to devices, seen access by access.
 
-    Unicorn hands an access of eight bytes, or an unaligned one, to the window in pieces; its memory
-    hooks, called just before, say what the access was.
+    Unicorn hands the window an access in pieces: of four bytes at most, of one if it is not
+    aligned, and with neighbours that nobody asked for if it is a read.  Its access hook, called just
+    before the first piece, says what the access was.  An access is made of *fragments*, as in the
+    kernel: the part of it in one page, at most eight bytes.
     """
 
     def __init__(self) -> None:
         self.rip = -1
-        self.answers: list[bytes] = []
         self.begin(-1)
 
     def begin(self, rip: int) -> None:
-        """Before a step; the answers so far belong to the instruction at ``rip``."""
-        if rip != self.rip:
-            self.rip, self.answers = rip, []
+        """Before a step of the instruction at ``rip``; the answers to its earlier steps stay."""
+        if rip == -1 or rip != self.rip:
+            self.answers: list[bytes] = []
+        self.rip = rip
         self.unanswered: tuple[int, int] | None = None
         self.writes: list[tuple[int, bytes]] = []
         self._address, self._size = 0, 0
-        self._is_new = False
+        self._read: dict[int, bytes] = {}  # fragments of this access, by their gpa
         self._reads = 0
-        self._data, self._data_gpa = b"", 0
+        self._write_is_new = False
+
+    def forget(self) -> None:
+        """The instruction that was waiting for answers will not be repeated."""
+        if self.rip != -1:
+            self.begin(-1)
 
     def on_access(self, address: int, size: int) -> None:
-        """An access of the instruction begins."""
-        if self._address <= address and address + size <= self._address + self._size:
-            return  # a part of the one that has begun
-        self._address, self._size, self._is_new = address, size, True
-
-    def _extent(self, gpa: int, size: int) -> tuple[int, int]:
-        """The access to which a piece belongs, as far as it lies in the piece's page."""
-        start = gpa & ~_PAGE_MASK | self._address & _PAGE_MASK
-        if not start - _MAX_FRAGMENT < gpa < start + self._size:
-            return gpa, size
-        return start, min(self._size, _PAGE_MASK + 1 - (start & _PAGE_MASK))
+        """An access begins, at an engine-physical address."""
+        self._address, self._size = address, size
+        self._read = {}
+        self._write_is_new = True
 
     def on_read(self, gpa: int, size: int) -> int:
-        """The window is read."""
-        if self.unanswered is not None:
-            return 0
-        if self._is_new:
-            self._is_new = False
-            start, length = self._extent(gpa, size)
-            if self._reads == len(self.answers):
-                self.unanswered = start, min(length, _MAX_FRAGMENT)
-                return 0
-            self._data, self._data_gpa = self.answers[self._reads], start
-            self._reads += 1
+        """A piece of the window is read."""
         piece = bytearray(size)
-        for i in range(size):
-            at = gpa + i - self._data_gpa
-            if 0 <= at < len(self._data):
-                piece[i] = self._data[at]
+        start, length = self._fragment(gpa)
+        if gpa < start + length and start < gpa + size:
+            data = self._answer(start, length)
+            for at in range(max(gpa, start), min(gpa + size, start + length)):
+                piece[at - gpa] = data[at - start]
         return int.from_bytes(piece, "little")
 
+    def _fragment(self, gpa: int) -> tuple[int, int]:
+        """The access's fragment in the page of ``gpa``: its gpa and size."""
+        page, offset = gpa & ~_PAGE_MASK, self._address & _PAGE_MASK
+        first = min(self._size, _PAGE_MASK + 1 - offset)
+        if page + offset == self._address - DEVICE_WINDOW:
+            return page + offset, first
+        return page, self._size - first  # the access began in the page before
+
+    def _answer(self, gpa: int, size: int) -> bytes:
+        data = self._read.get(gpa)
+        if data is not None:
+            return data
+        if self.unanswered is not None:
+            return bytes(size)  # the step is lost already
+        if self._reads == len(self.answers):
+            self.unanswered = gpa, size
+            return bytes(size)
+        data = self._read[gpa] = self.answers[self._reads]
+        self._reads += 1
+        return data
+
     def on_write(self, gpa: int, size: int, value: int) -> None:
-        """The window is written."""
+        """A piece of the window is written."""
         data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-        if self.writes and not self._is_new:
+        is_new, self._write_is_new = self._write_is_new, False
+        if self.writes and not is_new and gpa & _PAGE_MASK:
             last_gpa, last = self.writes[-1]
             if last_gpa + len(last) == gpa and len(last) + size <= _MAX_FRAGMENT:
                 self.writes[-1] = last_gpa, last + data
                 return
-        self._is_new = False
         self.writes.append((gpa, data))
 
 
@@ -97,31 +111,38 @@ def emulate_device_access(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
     Raises :class:`AccessFailed` for an access to memory by the same instruction.
     """
     cpu = vcpu.cpu
-    before = cpu.save()
+    cpu.save()
     devices.begin(cpu.rip)
     vcpu.device_pages = {}
     cpu.flush_tlb()
-    with cpu.watching(devices.on_access):
-        stop = cpu.run(one_step=True)
-    vcpu.device_pages = None
-    cpu.flush_tlb()
+    try:
+        with cpu.watching(devices.on_access):
+            stop = vcpu.enter_guest(cpu.step)
+    finally:
+        vcpu.device_pages = None
+        cpu.flush_tlb()
     if devices.unanswered is not None:
-        cpu.restore(before)
+        cpu.restore()
         gpa, size = devices.unanswered
         vcpu.complete_userspace_io = lambda: _complete_read(vcpu, devices, size)
         return _exit_mmio(vcpu, gpa, bytes(size), is_write=False)
     if stop.kind is StopKind.REFUSED:
-        cpu.restore(before)
+        cpu.restore()
         if isinstance(vcpu.refusal, Emulate):
             text = f"access to {vcpu.refusal.gpa:#x}, where no memory slot is"
             return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
-        raise AccessFailed(vcpu.refusal)
-    if stop.kind is not StopKind.REQUESTED:
-        cpu.restore(before)
+        raise AccessFailed(refine(vcpu, vcpu.refusal))
+    if stop.kind is StopKind.REQUESTED:
+        cpu.restore()
+        return 1
+    if stop.kind is not StopKind.STEPPED and stop != TRAP:
+        cpu.restore()
         text = f"a device access by an instruction that stops the processor ({stop.kind.name})"
         return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
     writes = devices.writes
-    devices.begin(-1)  # the instruction is done: its answers are spent
+    devices.forget()  # the instruction is done: its answers are spent
+    if stop == TRAP:
+        vcpu.pending_exception = GuestException(DB_VECTOR)
     return _exit_writes(vcpu, writes)
 
 
@@ -137,6 +158,8 @@ def _exit_mmio(vcpu: KvmVcpu, gpa: int, data: bytes, *, is_write: bool) -> int:
 
 
 def _complete_read(vcpu: KvmVcpu, devices: DeviceAccesses, size: int) -> int:
+    if vcpu.cpu.rip != devices.rip:
+        return 1  # userspace has sent the vCPU elsewhere
     devices.answers.append(bytes(vcpu.run.mmio.data[:size]))
     return emulate_device_access(vcpu, devices)
 

@@ -46,6 +46,11 @@ class RetPf(enum.IntEnum):
     SPURIOUS = 5
 
 
+# An attribute of an enumeration is a slow thing to ask for, and a fault asks several times.
+_CONTINUE, _RETRY, _EMULATE = RetPf.CONTINUE, RetPf.RETRY, RetPf.EMULATE
+_FIXED, _SPURIOUS = RetPf.FIXED, RetPf.SPURIOUS
+
+
 @dataclass(slots=True)
 class KvmPageFault:
     """``struct kvm_page_fault``: one access on its way through the fault path."""
@@ -72,22 +77,22 @@ def kvm_mmu_do_page_fault(
     userspace, ``kvm_arch_async_page_ready`` drops it.
     """
     fault = KvmPageFault(
-        addr=cr2_or_gpa,
-        error_code=error_code,
-        prefetch=prefetch,
-        gfn=cr2_or_gpa >> 12,
-        write=bool(error_code & PFERR_WRITE_MASK),
-        exec=bool(error_code & PFERR_FETCH_MASK),
-        user=bool(error_code & PFERR_USER_MASK),
+        cr2_or_gpa,
+        error_code,
+        prefetch,
+        cr2_or_gpa >> 12,
+        error_code & PFERR_WRITE_MASK != 0,
+        error_code & PFERR_FETCH_MASK != 0,
+        error_code & PFERR_USER_MASK != 0,
     )
     if not prefetch:
         vcpu.stat.pf_taken += 1
     r = direct_page_fault(vcpu, fault)
-    if r == RetPf.FIXED:
+    if r == _FIXED:
         vcpu.stat.pf_fixed += 1
-    elif r == RetPf.SPURIOUS and not prefetch:
+    elif r == _SPURIOUS and not prefetch:
         vcpu.stat.pf_spurious += 1
-    elif r == RetPf.EMULATE and not prefetch:
+    elif r == _EMULATE and not prefetch:
         vcpu.stat.pf_emulate += 1
     return r
 
@@ -99,11 +104,11 @@ def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     fault.mmu_seq = stage.mmu_invalidate_seq
     fault.slot = vcpu.kvm.memslots.gfn_to_memslot(fault.gfn)
     r = kvm_faultin_pfn(vcpu, fault)
-    if r != RetPf.CONTINUE:
+    if r != _CONTINUE:
         return r
     with stage.mmu_lock:
         if stage.mmu_invalidate_retry(fault.mmu_seq):
-            return RetPf.RETRY
+            return _RETRY
         return direct_map(vcpu, fault)
 
 
@@ -119,13 +124,13 @@ def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     )
     if is_error_pfn(fault.pfn):
         return kvm_handle_error_pfn(vcpu, fault)
-    return RetPf.CONTINUE
+    return _CONTINUE
 
 
 def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
     """No slot holds the frame: an access to a device, which the emulator turns into an exit."""
     fault.pfn = KVM_PFN_NOSLOT
-    return RetPf.EMULATE
+    return _EMULATE
 
 
 def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
@@ -134,7 +139,7 @@ def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
         return -errno.EINTR
     if fault.pfn == KVM_PFN_ERR_RO_FAULT:
-        return RetPf.EMULATE
+        return _EMULATE
     if fault.pfn == KVM_PFN_ERR_HWPOISON:
         # The kernel sends SIGBUS (BUS_MCEERR_AR) to the thread and retries.  We cannot raise a
         # signal on behalf of memory that this very thread would then have to survive touching.
@@ -162,6 +167,6 @@ def direct_map(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         slot.mark_page_dirty(fault.gfn)
     old = sptes.get(fault.gfn, 0)
     if old | spte == old:
-        return RetPf.SPURIOUS
+        return _SPURIOUS
     sptes[fault.gfn] = old | spte
-    return RetPf.FIXED
+    return _FIXED

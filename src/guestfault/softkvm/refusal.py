@@ -35,11 +35,16 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class GuestException:
-    """The guest gets an exception; ``address`` goes to CR2."""
+    """The guest gets an exception; ``address`` goes to CR2.
+
+    For INT n ``instruction_length`` is that of the instruction: the handler returns behind it, and
+    the gate must be one that the guest may use by itself.
+    """
 
     vector: int
     error_code: int | None = None
     address: int | None = None
+    instruction_length: int = 0
 
 
 Refusal = Exit | Emulate | Retry | GuestException

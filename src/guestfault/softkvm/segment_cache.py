@@ -9,7 +9,9 @@ they lie is found once, by loading a base that occurs nowhere else and looking f
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from guestfault.softkvm.engine import State
 
 __all__ = ["NAMES", "SegmentCache", "find_offset", "read_segments"]
 
@@ -34,12 +36,12 @@ def find_offset(context: bytes, es_base: int) -> int:
     return at - 8
 
 
-def read_segments(uc: Any, offset: int) -> dict[str, SegmentCache]:
-    """The six segment registers of an engine as they are now."""
-    context = bytes(uc.context_save())
+def read_segments(state: State, offset: int) -> dict[str, SegmentCache]:
+    """The six segment registers in a saved state."""
+    records = state.bytes_at(offset, len(NAMES) * _RECORD.size)
     found = {}
-    for i, name in enumerate(NAMES):
-        selector, base, limit, flags = _RECORD.unpack_from(context, offset + i * _RECORD.size)
+    for name, record in zip(NAMES, _RECORD.iter_unpack(records), strict=True):
+        selector, base, limit, flags = record
         attributes = (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00)
         found[name] = SegmentCache(selector, base, limit, attributes)
     return found

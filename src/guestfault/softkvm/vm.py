@@ -8,11 +8,11 @@ from guestfault.dialect.record import Dialect
 from guestfault.errors import KvmError
 from guestfault.linux import mmu_notifier
 from guestfault.softkvm.capabilities import MAX_VCPUS, check_extension, valid_slot_flags
-from guestfault.softkvm.kvm_host import Kvm, Request
+from guestfault.softkvm.kvm_host import Kvm, Request, kvm_make_request
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
 from guestfault.softkvm.second_stage import PT_WRITABLE
-from guestfault.softkvm.vcpu import SoftVcpu, make_request
+from guestfault.softkvm.vcpu import SoftVcpu
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["SoftVm"]
@@ -27,6 +27,7 @@ class SoftVm:
     def __init__(self, dialect: Dialect, mm: Mm) -> None:
         self.kvm = Kvm(dialect, mm)
         self._vcpus: dict[int, SoftVcpu] = {}
+        self._closed = False
         mmu_notifier.register(self)
 
     def check_extension(self, cap: int) -> int:
@@ -98,7 +99,7 @@ class SoftVm:
     def _flush_remote_tlbs(self) -> None:
         """``kvm_flush_remote_tlbs``: when it returns, no vCPU uses an entry that was zapped."""
         for vcpu in list(self._vcpus.values()):
-            make_request(vcpu.arch, Request.TLB_FLUSH)
+            kvm_make_request(vcpu.arch, Request.TLB_FLUSH)
 
     # -- the host's mmu_notifier ---------------------------------------------------------------------
 
@@ -113,7 +114,10 @@ class SoftVm:
         self.kvm.second_stage.invalidate_range_end()
 
     def close(self) -> None:
-        """Release the VM and every vCPU of it."""
+        """Release the VM and every vCPU of it.  Again is harmless."""
+        if self._closed:
+            return
+        self._closed = True
         mmu_notifier.unregister(self)
         for vcpu in self._vcpus.values():
             vcpu.close()

@@ -93,7 +93,7 @@ def fill_vmcb(
     put(0x002, "H", _CR_WRITES)
     put(0x008, "III", 0xFFFFFFFF, _INTERCEPTS_1, _INTERCEPTS_2)
     put(0x040, "QQ", bitmaps, bitmaps)
-    put(0x058, "I", 1)  # an ASID other than the host's
+    put(0x058, "II", 1, 1)  # an ASID other than the host's; flush the TLB
 
     for i, name in enumerate(_SEGMENTS):
         if name is not None:

@@ -9,16 +9,25 @@ is what KVM_RUN fails with.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 
 from guestfault.softkvm import exceptions
 from guestfault.softkvm.cpu import Stop, StopKind
 from guestfault.softkvm.emulate import emulate_intercept, emulate_planted
+from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
-from guestfault.softkvm.kvm_host import KvmVcpu, Request
+from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
 from guestfault.softkvm.memslots import Memslots
 from guestfault.softkvm.mmio import DeviceAccesses, emulate_device_access
-from guestfault.softkvm.refusal import AccessFailed, Emulate, Exit, GuestException, Refusal
+from guestfault.softkvm.refusal import (
+    AccessFailed,
+    Emulate,
+    Exit,
+    GuestException,
+    Refusal,
+    Retry,
+)
 from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import AccessKind
@@ -28,13 +37,13 @@ __all__ = ["kvm_arch_vcpu_ioctl_run"]
 
 def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
     """Finish the last exit, then run; ``immediate_exit`` stops in between."""
-    complete, vcpu.complete_userspace_io = vcpu.complete_userspace_io, None
-    if complete is not None:
+    while (complete := vcpu.complete_userspace_io) is not None:
+        vcpu.complete_userspace_io = None
         r = _handled(vcpu, devices, complete)
         if r <= 0:
             return r
     if vcpu.run.immediate_exit:
-        vcpu.requests &= ~Request.SIGNAL
+        kvm_check_request(vcpu, Request.SIGNAL)
         return -errno.EINTR  # exit_reason is left as it was, as in the kernel
     return vcpu_run(vcpu, devices)
 
@@ -47,8 +56,7 @@ def vcpu_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
         r = vcpu_enter_guest(vcpu, devices)
         if r <= 0:
             return r
-        if vcpu.requests & Request.SIGNAL:
-            vcpu.requests &= ~Request.SIGNAL
+        if kvm_check_request(vcpu, Request.SIGNAL):
             vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
             return -errno.EINTR
 
@@ -56,28 +64,34 @@ def vcpu_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
 def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
     """Serve the requests, deliver what is pending, run the guest once, handle its exit."""
     cpu = vcpu.cpu
-    if vcpu.requests & Request.TLB_FLUSH:
-        vcpu.requests &= ~Request.TLB_FLUSH
+    flush = kvm_check_request(vcpu, Request.TLB_FLUSH)
+    if vcpu.mapped_memslots is not vcpu.kvm.memslots:
+        _map_memslots(vcpu, vcpu.kvm.memslots)
+        # Translated code still knows the memory that it was in, and would crash the engine.
+        flush = True
+    if flush:
         vcpu.tables.clear()
         cpu.flush_tlb()
         cpu.flush_code()
-    if vcpu.mapped_memslots is not vcpu.kvm.memslots:
-        _map_memslots(vcpu, vcpu.kvm.memslots)
     if vcpu.sregs_changed:
         vcpu.load_sregs()
     if vcpu.pending_exception is not None:
         vcpu.refresh_cpl()
         return _after(vcpu, devices, exceptions.deliver(vcpu))
-    vcpu.in_guest_mode = True
-    if vcpu.requests:
-        # Made after we looked and before we were in guest mode: nobody would stop us.
-        vcpu.in_guest_mode = False
-        return 1
-    stop = cpu.run()
-    vcpu.in_guest_mode = False
+    if vcpu.system_page is None:
+        stop = vcpu.enter_guest(cpu.run)
+    else:
+        # What is granted to the processor's own accesses is for one instruction only.
+        stop = vcpu.enter_guest(cpu.step)
+        if stop.kind is not StopKind.REFUSED:
+            vcpu.system_page = None
     vcpu.stat.exits += 1
     if stop.kind is StopKind.REFUSED:
-        return _after(vcpu, devices, vcpu.refusal)
+        return _after(vcpu, devices, refine(vcpu, vcpu.refusal))
+    if stop.kind in (StopKind.REQUESTED, StopKind.STEPPED):
+        return 1
+    # The guest has got past whatever instruction was waiting for a device's answer.
+    devices.forget()
     return _handle_exit(vcpu, devices, stop)
 
 
@@ -85,12 +99,8 @@ def _handle_exit(vcpu: KvmVcpu, devices: DeviceAccesses, stop: Stop) -> int:
     vcpu.refresh_cpl()
     code = stop.code
     match stop.kind:
-        case StopKind.REQUESTED:
-            return 1
-        case StopKind.REFUSED:
-            return _after(vcpu, devices, vcpu.refusal)
         case StopKind.PLANTED:
-            return _handled(vcpu, devices, lambda: _planted(vcpu, devices))
+            return _handled(vcpu, devices, lambda: _planted(vcpu))
         case StopKind.INTERCEPT if INTERCEPT_EXCEPTION <= code < INTERCEPT_EXCEPTION + 32:
             exception = exceptions.from_intercept(code - INTERCEPT_EXCEPTION)
             return _after(vcpu, devices, exception)
@@ -99,11 +109,11 @@ def _handle_exit(vcpu: KvmVcpu, devices: DeviceAccesses, stop: Stop) -> int:
     return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, stop.text)
 
 
-def _planted(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+def _planted(vcpu: KvmVcpu) -> int:
     r = emulate_planted(vcpu)
     if r is None:
-        stop = vcpu.cpu.run(one_step=True, pass_over_planted=True)
-        return _handle_exit(vcpu, devices, stop)
+        vcpu.cpu.unplant()
+        return 1
     return r
 
 
@@ -124,12 +134,15 @@ def _after(vcpu: KvmVcpu, devices: DeviceAccesses, refusal: Refusal | None) -> i
         case Exit(result):
             return result
         case GuestException():
+            devices.forget()  # the instruction will be executed anew, if at all
             return exceptions.queue(vcpu, refusal)
         case Emulate(gpa, AccessKind.FETCH):
             text = f"instruction fetch from {gpa:#x}, where no memory slot is"
             return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
         case Emulate():
             return _handled(vcpu, devices, lambda: emulate_device_access(vcpu, devices))
+        case Retry():
+            time.sleep(0)  # cond_resched: let them finish what we must wait for
     return 1
 
 

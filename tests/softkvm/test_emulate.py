@@ -1,0 +1,283 @@
+"""Port I/O and privileged instructions, on both KVMs where this host's real one can."""
+
+import pytest
+
+from guestfault.fault.outcome import Hlt, InternalError, Io, MemoryFault, Shutdown
+from guestfault.x86.registers import CR0_TS, X86_EFLAGS_DF
+
+DATA = 0x4_0000
+END = "e6f4"
+MODES = ("real", "long-cpl0", "long-cpl3")
+
+# name: (code, registers, answers, what userspace sees, registers afterwards)
+PORTS = {
+    "out imm8, al": ("e642", {"rax": 0x11223344}, [], [("out", 0x42, b"\x44")], {}),
+    "out dx, al": ("ee", {"rax": 0x44, "rdx": 0x91}, [], [("out", 0x91, b"\x44")], {}),
+    "in al, imm8": (
+        "e442",
+        {"rax": 0x11223344},
+        [b"\x99"],
+        [("in", 0x42, b"\x99")],
+        {"rax": 0x11223399},
+    ),
+    "in al, dx": ("ec", {"rdx": 0x91}, [b"\x99"], [("in", 0x91, b"\x99")], {"rax": 0x99}),
+}
+# The same bytes mean 2 bytes in one mode and 4 in another.
+WIDE = {
+    "out imm8, eax": ("e742", {"rax": 0x44332211}, [], [("out", 0x42, b"\x11\x22\x33\x44")], {}),
+    "out dx, ax": ("66ef", {"rax": 0x2211, "rdx": 0x90}, [], [("out", 0x90, b"\x11\x22")], {}),
+    "in eax, dx": (
+        "ed",
+        {"rax": 2**64 - 1, "rdx": 0x90},
+        [b"\x01\x02\x03\x04"],
+        [("in", 0x90, b"\x01\x02\x03\x04")],
+        {"rax": 0x04030201},
+    ),
+    "in ax, dx": (
+        "66ed",
+        {"rax": 2**64 - 1, "rdx": 0x90},
+        [b"\x01\x02"],
+        [("in", 0x90, b"\x01\x02")],
+        {"rax": 2**64 - 1 & ~0xFFFF | 0x0201},
+    ),
+}
+
+
+def check(machine, case):
+    _, _, answers, seen, after = case
+    assert machine.trace(*answers) == seen
+    for register, value in after.items():
+        assert getattr(machine.regs, register) == value, register
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PORTS)
+def test_port(start, name, mode):
+    code, regs, *_ = PORTS[name]
+    check(start(code + END, mode, **regs), PORTS[name])
+
+
+@pytest.mark.parametrize("mode", ["long-cpl0", "long-cpl3"])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_port(start, name, mode):
+    code, regs, *_ = WIDE[name]
+    check(start(code + END, mode, **regs), WIDE[name])
+
+
+@pytest.mark.parametrize("mode", ["long-cpl0", "long-cpl3"])
+@pytest.mark.parametrize(("backwards", "order"), [(False, "abcd"), (True, "dcba")])
+def test_rep_outs(start, mode, backwards, order):
+    rsi = DATA + (3 if backwards else 0)
+    prefix = "fd" if backwards else "fc"
+    machine = start(prefix + "f36e" + END, mode, rsi=rsi, rcx=4, rdx=0x90)
+    machine.write(DATA, b"abcd")
+    assert machine.trace() == [("out", 0x90, letter.encode()) for letter in order]
+    assert machine.regs.rcx == 0
+    assert machine.regs.rsi == rsi + (-4 if backwards else 4)
+
+
+@pytest.mark.parametrize("mode", ["long-cpl0", "long-cpl3"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rep_ins(start, mode, backwards):
+    rdi = DATA + (6 if backwards else 0)
+    prefix = "fd" if backwards else "fc"
+    machine = start(prefix + "66f36d" + END, mode, rdi=rdi, rcx=4, rdx=0x90)
+    words = [b"ab", b"cd", b"ef", b"gh"]
+    trace = machine.trace(*words)
+    assert trace == [("in", 0x90, word) for word in words]
+    expected = b"ghefcdab" if backwards else b"abcdefgh"
+    assert machine.bytes[DATA : DATA + 8] == expected
+    assert machine.regs.rcx == 0
+    assert machine.regs.rdi == rdi + (-8 if backwards else 8)
+    assert bool(machine.regs.rflags & X86_EFLAGS_DF) is backwards
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_string_element(start, mode):
+    machine = start("6c6e" + END, mode, rdi=0x9000, rsi=0x9000, rdx=0x90)
+    assert machine.trace(b"x") == [("in", 0x90, b"x"), ("out", 0x90, b"x")]
+
+
+def test_rep_with_a_count_of_zero_does_nothing(start):
+    machine = start("f36e f36c" + END, "long-cpl3", rsi=DATA, rdi=DATA, rcx=0, rdx=0x90)
+    assert machine.trace() == []
+
+
+def test_string_io_with_a_32_bit_address(soft):
+    top = 0xABCD << 32
+    machine = soft("67f36e" + END, rsi=top | DATA, rcx=top | 2, rdx=0x90)
+    machine.write(DATA, b"ab")
+    assert machine.trace() == [("out", 0x90, b"a"), ("out", 0x90, b"b")]
+    assert machine.regs.rcx == top
+    assert machine.regs.rsi == top | DATA + 2
+
+
+def test_ins_to_an_absent_page_faults_before_the_device_is_read(soft):
+    machine = soft("6c" + END, flags=4, rdi=DATA, rdx=0x90)
+    machine.bring_in(0, DATA)
+    assert machine.run() == MemoryFault(DATA, 4096, 2, 14)
+    machine.bring_in(DATA)
+    assert machine.trace(b"x") == [("in", 0x90, b"x")]
+    assert machine.bytes[DATA] == ord("x")
+
+
+def test_ins_keeps_its_data_if_the_page_goes_meanwhile(soft):
+    machine = soft("6c" + END, flags=4, rdi=DATA, rdx=0x90)
+    machine.bring_in(0, DATA + 4096)
+    assert isinstance(machine.run(), Io)
+    machine.vcpu.run_area[4096] = ord("x")
+    machine.discard(DATA)
+    assert machine.run() == MemoryFault(DATA, 4096, 2, 14)
+    machine.bring_in(DATA)
+    assert machine.trace() == []
+    assert machine.bytes[DATA] == ord("x")
+
+
+def test_outs_from_an_absent_page(soft):
+    machine = soft("6e" + END, flags=4, rsi=DATA, rdx=0x90)
+    machine.write(DATA, b"x")
+    machine.bring_in(0, DATA)
+    assert machine.run() == MemoryFault(DATA, 4096, 2, 14)
+    assert machine.regs.rip == machine.CODE
+    machine.bring_in(DATA)
+    assert machine.trace() == [("out", 0x90, b"x")]
+
+
+def test_rip_that_userspace_moves_during_port_io_stays(start):
+    machine = start("ee90" + END, "long-cpl3", rdx=0x90)
+    assert isinstance(machine.run(), Io)
+    regs = machine.regs
+    regs.rip = machine.CODE + 2
+    machine.vcpu.set_regs(regs)
+    assert machine.trace() == []
+
+
+def test_iopl_and_tss_permit_ports(soft):
+    machine = soft("ee" + END, rdx=0x90, rflags=2)  # IOPL 0: the TSS's bitmap decides
+    assert machine.trace() == [("out", 0x90, b"\0")]
+
+
+@pytest.mark.parametrize("code", ["ee", "ef", "ec", "6e", "6c"])
+def test_a_port_that_neither_permits_is_a_general_protection_fault(soft, code):
+    handler = 0x9000
+    machine = soft(code, rdx=0x100, rdi=DATA, rsi=DATA, rflags=2)
+    machine.gate(13, handler)
+    machine.write(handler, bytes.fromhex(END))
+    assert machine.trace() == []
+    assert machine.regs.rip >> 12 == handler >> 12
+    assert machine.word(machine.regs.rsp) == 0  # error code
+    assert machine.word(machine.regs.rsp + 8) == machine.CODE
+
+
+def test_a_wide_access_needs_all_its_ports(soft):
+    machine = soft("ef", rdx=0xFE, rflags=2)
+    assert isinstance(machine.run(), Shutdown)
+
+
+def test_the_first_instruction_of_all_may_be_port_io(soft):
+    machine = soft("e442", "real")
+    assert machine.run() == Io(0x42, 1, 1, True, 4096)
+
+
+def test_code_that_was_port_io_and_is_something_else_now(soft):
+    """Where a stop was planted on the first code."""
+    machine = soft("e642 e642 e642" + END)
+    assert machine.trace() == [("out", 0x42, b"\0")] * 3
+    machine.discard(machine.CODE)
+    machine.write(machine.CODE, bytes.fromhex("b007 9090 9090" + END))
+    machine.bring_in(machine.CODE)
+    regs = machine.regs
+    regs.rip = machine.CODE
+    machine.vcpu.set_regs(regs)
+    assert machine.trace() == []
+    assert machine.regs.rax == 7
+
+
+def test_code_that_the_guest_writes_itself(soft):
+    """It turns NOPs into ``OUT 0x42, al`` after having run them."""
+    target = 0x9000
+    machine = soft(
+        "ffd3"  # call rbx
+        "66c703e642"  # mov word [rbx], 0x42e6: out 0x42, al
+        "ffd3" + END,
+        rbx=target,
+        rax=5,
+    )
+    machine.write(target, bytes.fromhex("9090c3"))
+    assert machine.trace() == [("out", 0x42, b"\x05")]
+
+
+def test_many_port_instructions_in_one_block(soft):
+    count = 200
+    machine = soft("e642" * count + END)
+    assert machine.trace() == [("out", 0x42, b"\0")] * count
+
+
+@pytest.mark.parametrize("mode", ["real", "long-cpl0"])
+def test_hlt(start, mode):
+    machine = start("f4" + END, mode)
+    assert machine.run() == Hlt()
+    assert machine.regs.rip == machine.CODE + 1
+    assert machine.trace() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "msr", "value"),
+    [
+        ("fs base", 0xC0000100, 0x1234_5678_9ABC),
+        ("gs base", 0xC0000101, 0x1234_5678_9ABC),
+        ("kernel gs base", 0xC0000102, 0x1234_5678_9ABC),
+        ("star", 0xC0000081, 0x0023_0010_0000_0000),
+        ("lstar", 0xC0000082, 0x1000),
+    ],
+)
+def test_msr_is_what_was_written(start, name, msr, value):
+    code = "0f30 31c0 31d2 0f32 48c1e220 4809d0"  # wrmsr; clear; rdmsr; shl rdx, 32; or rax, rdx
+    machine = start(code + END, "long-cpl0", rcx=msr, rax=value & 0xFFFFFFFF, rdx=value >> 32)
+    assert machine.trace() == []
+    assert machine.regs.rax == value
+
+
+def test_swapgs_exchanges_the_bases(start):
+    code = "0f01f8 0f32"  # swapgs; rdmsr of KERNEL_GS_BASE
+
+    def gs_base(sregs):
+        sregs.gs.base = 0x1234000
+
+    machine = start(code + END, "long-cpl0", rcx=0xC0000102, sregs=gs_base)
+    assert machine.trace() == []
+    assert machine.regs.rax == 0x1234000
+    assert machine.vcpu.get_sregs().gs.base == 0
+
+
+@pytest.mark.parametrize("code", ["0f32", "0f30"])
+def test_unknown_msr_is_a_general_protection_fault(soft, code):
+    machine = soft(code, "long-cpl0", rcx=0x1234_5678)
+    machine.gate(13, 0x9000)
+    machine.write(0x9000, bytes.fromhex(END))
+    assert machine.trace() == []
+    assert machine.regs.rip >> 12 == 9
+
+
+def test_clts(start):
+    def task_switched(sregs):
+        sregs.cr0 |= CR0_TS
+
+    machine = start("0f06" + END, "long-cpl0", sregs=task_switched)
+    assert machine.trace() == []
+    assert not machine.vcpu.get_sregs().cr0 & CR0_TS
+
+
+@pytest.mark.parametrize(("code", "what"), [("0f05", "SYSCALL"), ("0f01f0", "LMSW")])
+def test_what_is_not_emulated_says_so(soft, code, what):
+    mode = "long-cpl3" if what == "SYSCALL" else "long-cpl0"
+
+    def syscall_enabled(sregs):
+        sregs.efer |= 1
+
+    machine = soft(code, mode, sregs=syscall_enabled)
+    stop = machine.run()
+    assert isinstance(stop, InternalError)
+    assert stop.instruction.startswith(bytes.fromhex(code))
+    assert what in machine.vcpu.arch.last_error
+    assert machine.regs.rip == machine.CODE
