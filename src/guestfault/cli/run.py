@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Self
 
 from guestfault.errors import GuestfaultError
 from guestfault.guest.layout import Mode as GuestMode
@@ -18,7 +20,7 @@ from guestfault.guest.snapshot import Snapshot, build, load
 from guestfault.guest.walk import Walk
 from guestfault.paging.source.file import FileSource
 from guestfault.vmm.choice import KVMS, choose
-from guestfault.vmm.report import Report, report
+from guestfault.vmm.report import report
 from guestfault.vmm.session import Mode, Session
 from guestfault.vmm.text import as_text
 
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit: the failed access comes back to the vCPU's thread (default); "
         "uffd: the vCPU sleeps and a handler's thread serves it",
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="first read all of the memory, and check its digest"
+    )
     made = parser.add_argument_group("the guest to make, where no SNAPSHOT is given")
     made.add_argument("--memory", metavar="SIZE", help=f"such as 64M (default {DEFAULT_MEMORY})")
     made.add_argument("--vcpus", type=int, metavar="N", help="default 1")
@@ -62,35 +67,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command.  0: the guest ended with the right results; 2: it did not."""
+    """Run the command.  0: the guest ended with the right results; 2: it did not; 130: Ctrl-C."""
     mode = Mode(args.mode)
     with ExitStack() as stack:
         choice = choose(args.kvm, args.dialect, mode)
         stack.callback(choice.system.close)
         snapshot = stack.enter_context(_snapshot(args))
+        if args.verify:
+            snapshot.verify_memory()
         if choice.why:
-            _say(f"using {choice.system.name}: {choice.why}")
+            print(f"guestfault: using {choice.system.name}: {choice.why}", file=sys.stderr)
         source = FileSource(snapshot.open_memory())
         stack.callback(source.close)
         session = stack.enter_context(Session(choice.system, snapshot, source, mode))
-        interrupted = False
-        try:
-            session.run(_Progress(session))
-        except KeyboardInterrupt:
-            interrupted = True
+        watch = stack.enter_context(_Watch(session))
+        session.run(watch)
         result = report(session, time.monotonic() - session.began)
-        _clear_line()
+        _transient("")
         print(json.dumps(result.as_json(), indent=2) if args.json else as_text(result))
-        if interrupted:
+        if watch.interrupted:
             raise KeyboardInterrupt
-        return _status(result)
-
-
-def _status(result: Report) -> int:
     if result.failure is not None:
         raise RunFailedError(result.failure)
     if not result.right:
-        raise RunFailedError(f"the guest ended with a {result.verdict}")
+        why = f"the guest ended with {result.verdict}"
+        raise RunFailedError(f"{why}; --verify tells whether its snapshot is damaged")
     return 0
 
 
@@ -110,15 +111,19 @@ def _snapshot(args: argparse.Namespace) -> Iterator[Snapshot]:
     size = _memory_size(args.memory or DEFAULT_MEMORY)
     with tempfile.TemporaryDirectory(prefix="guestfault-") as scratch:
         path = Path(args.save) if args.save else Path(scratch) / "guest"
-        _say(f"making a guest of {size >> 20} MiB" if size >= 1 << 20 else "making a guest")
-        yield build(
-            path,
-            size,
-            GuestMode(args.guest or GuestMode.LONG_CPL3),
-            Walk(args.walk or Walk.SEQUENTIAL),
-            args.vcpus or 1,
-            args.seed or 0,
-        )
+        _transient("making a guest")
+        try:
+            snapshot = build(
+                path,
+                size,
+                GuestMode(args.guest or GuestMode.LONG_CPL3),
+                Walk(args.walk or Walk.SEQUENTIAL),
+                1 if args.vcpus is None else args.vcpus,
+                args.seed or 0,
+            )
+        finally:
+            _transient("")
+        yield snapshot
 
 
 class UsageError(GuestfaultError):
@@ -128,28 +133,41 @@ class UsageError(GuestfaultError):
 def _memory_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
     if match is None:
-        raise UsageError(f"--memory {text}: write a size such as 64M or 1G")
+        raise UsageError(f"--memory {text}: not a size; write one such as 64M or 1G")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def _say(text: str) -> None:
-    """A remark on what is being done, for a person: never mixed into the report."""
-    print(f"guestfault: {text}", file=sys.stderr)
+class _Watch:
+    """Looks after a running session: shows how far it is, and stops it for Ctrl-C.
 
-
-class _Progress:
-    """One line that is written over and over, if a person watches."""
+    Ctrl-C is only noted where it strikes, and acted upon here: so it interrupts nothing half done,
+    however often it comes, and the report is still made.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.interrupted = False
 
     def __call__(self) -> None:
-        if sys.stderr.isatty():
-            done, pages = self._session.pager.pages_in, self._session.ram.pages
-            line = f"{done} of {pages} pages in ({100 * done // pages} %)"
-            print(f"\r{line:40}", end="", file=sys.stderr, flush=True)
+        if self.interrupted:
+            self._session.stop()
+        done, pages = self._session.pager.pages_in, self._session.ram.pages
+        _transient(f"{done} of {pages} pages in ({100 * done // pages} %)")
+
+    def _note(self, _signal: int, _frame: object) -> None:
+        self.interrupted = True
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:  # whoever started us may want it so
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
 
-def _clear_line() -> None:
+def _transient(text: str) -> None:
+    """Show a line that the next output replaces, if a person watches."""
     if sys.stderr.isatty():
-        print(f"\r{'':40}\r", end="", file=sys.stderr, flush=True)
+        print(f"\r{text:60}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)

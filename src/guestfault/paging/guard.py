@@ -62,9 +62,8 @@ class RepeatGuard:
             self._page, self._rip, self._count = page, None, 1
             return
         rip = self._read_rip()
-        if self._rip is not None and rip != self._rip:
-            self._count = 1
+        moved = self._rip not in (None, rip)
         self._rip = rip
-        self._count += 1
+        self._count = 1 if moved else self._count + 1
         if self._count > self._limit:
             raise FaultLoopError(self._vcpu_id, access, rip, self._count)

@@ -19,7 +19,15 @@ from guestfault.paging.source.base import PageSource, SourceError
 
 __all__ = ["Pager"]
 
-_ABSENT, _FILLING, _FILLED = 0, 1, 2
+
+class _Fill:
+    """A page being filled by one thread, and what the others who need it wait for."""
+
+    __slots__ = ("error", "over")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.error: Exception | None = None
 
 
 class Pager:
@@ -36,7 +44,8 @@ class Pager:
         self.ram = ram
         self.view = view
         self._source = source
-        self._state = bytearray(ram.pages)
+        self._filled = bytearray(ram.pages)
+        self._fills: dict[int, _Fill] = {}
         self._changed = threading.Condition()
         self._waiting = 0
         self.pages_in = 0
@@ -49,21 +58,24 @@ class Pager:
         """
         page = offset // PAGE_SIZE
         start = page * PAGE_SIZE
-        mine = self._claim(page)
-        if mine:
-            try:
-                self._source.read_into(start, self.ram.bytes[start : start + PAGE_SIZE])
-            except BaseException:
-                self._settle(page, _ABSENT)
-                raise
+        fill = self._claim(page)
+        if fill is None:
+            # The host may have dropped the page, and whoever sleeps in it must be woken.
+            self.view.bring_in(start, PAGE_SIZE)
+            return False
         try:
-            # Also for a page that was in: the host may have reclaimed it, and whoever sleeps in it
-            # must be woken.
+            # Released here: the traceback of an error would keep the RAM from being unmapped.
+            with self.ram.bytes[start : start + PAGE_SIZE] as buffer:
+                self._source.read_into(start, buffer)
+        except BaseException as error:
+            fill.error = error if isinstance(error, Exception) else None
+            self._settle(page, fill, filled=False)
+            raise
+        try:
             self.view.bring_in(start, PAGE_SIZE)
         finally:
-            if mine:
-                self._settle(page, _FILLED)
-        return mine
+            self._settle(page, fill, filled=True)
+        return True
 
     def bring_in_range(self, offset: int, size: int) -> int:
         """:meth:`bring_in` for every page of a range; how many had to be filled."""
@@ -73,25 +85,32 @@ class Pager:
 
     def is_in(self, offset: int) -> bool:
         """Whether the page has been brought in."""
-        return self._state[offset // PAGE_SIZE] == _FILLED
+        return bool(self._filled[offset // PAGE_SIZE])
 
-    def _claim(self, page: int) -> bool:
-        """``True``: the page is ours to fill.  ``False``: it is filled."""
+    def _claim(self, page: int) -> _Fill | None:
+        """The page is the caller's to fill; or ``None``: it is filled.
+
+        Raises the error of the thread that was filling it and could not.
+        """
         with self._changed:
-            while True:
-                state = self._state[page]
-                if state == _FILLED:
-                    return False
-                if state == _ABSENT:
-                    self._state[page] = _FILLING
-                    return True
+            while not self._filled[page]:
+                fill = self._fills.get(page)
+                if fill is None:
+                    fill = self._fills[page] = _Fill()
+                    return fill
                 self._waiting += 1
-                self._changed.wait()
+                while not fill.over:
+                    self._changed.wait()
                 self._waiting -= 1
+                if fill.error is not None:
+                    raise fill.error
+            return None
 
-    def _settle(self, page: int, state: int) -> None:
+    def _settle(self, page: int, fill: _Fill, *, filled: bool) -> None:
         with self._changed:
-            self._state[page] = state
-            self.pages_in += state == _FILLED
+            self._filled[page] = filled
+            self.pages_in += filled
+            fill.over = True
+            del self._fills[page]
             if self._waiting:
                 self._changed.notify_all()

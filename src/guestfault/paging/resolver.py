@@ -58,9 +58,9 @@ class FaultResolver:
         dropped is another: the instruction is past and will not be made again.  Raises as
         :meth:`resolve_annotated` does, and nothing has been answered then.
         """
-        self.account.ram_mmio += 1
         access = from_mmio(exit_, self._slots)
         offset = self._bring_in(access)
+        self.account.ram_mmio += 1
         memory = self._pager.ram.bytes[offset : offset + exit_.length]
         if exit_.is_write:
             memory[:] = exit_.data

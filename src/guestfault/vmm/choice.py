@@ -9,7 +9,6 @@ from guestfault.dialect.published import missing_flag
 from guestfault.errors import Unavailable
 from guestfault.kvm.protocols import System
 from guestfault.kvm.system import KvmSystem
-from guestfault.linux.userfaultfd import Userfaultfd
 from guestfault.softkvm.system import SoftSystem
 from guestfault.vmm.session import Mode
 
@@ -41,34 +40,24 @@ def choose(kvm: str, dialect: str | None, mode: Mode) -> Choice:
                 "leave it out, or use --kvm soft",
             )
         return Choice(KvmSystem())
-    soft = SoftSystem(dialect or DEFAULT_DIALECT)
     if kvm == "soft" or dialect is not None:
-        return Choice(soft)
-    why_not = ""
+        return Choice(SoftSystem(dialect or DEFAULT_DIALECT))
     try:
         system = KvmSystem()
     except Unavailable as error:
-        return Choice(soft, f"no real KVM here ({error.what}: {error.why})")
-    try:
-        why_not = _why_not(system, mode)
-    except Unavailable as error:
-        why_not = str(error)
-    if why_not:
-        system.close()
-        return Choice(soft, why_not)
-    soft.close()
-    return Choice(system, "it is usable and can do this mode")
+        why = f"no real KVM here ({error.what}: {error.why})"
+        return Choice(SoftSystem(DEFAULT_DIALECT), why)
+    if mode is Mode.UFFD or _names_missing_pages(system):
+        return Choice(system, "it is usable and can do this mode")
+    system.close()
+    why = f"{system.name} does not say which access to ordinary memory failed"
+    return Choice(SoftSystem(DEFAULT_DIALECT), why)
 
 
-def _why_not(system: KvmSystem, mode: Mode) -> str:
-    """Why the real KVM will not do, or nothing."""
-    if mode is Mode.UFFD:
-        Userfaultfd.open().close()
-        return ""
+def _names_missing_pages(system: KvmSystem) -> bool:
+    """Whether ordinary memory of its VMs can ask for an annotated exit on a missing page."""
     vm = system.create_vm()
     try:
-        if missing_flag(probe(vm.check_extension), vm.check_extension) is None:
-            return f"{system.name} does not say which access to ordinary memory failed"
+        return missing_flag(probe(vm.check_extension), vm.check_extension) is not None
     finally:
         vm.close()
-    return ""

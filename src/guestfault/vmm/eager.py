@@ -5,6 +5,9 @@ guest's page tables itself, and an absent one looks to it like an entry that is 
 guest gets a page fault of its own.  KVM's instruction emulator, where it runs the guest, cannot
 fetch from an absent page and gives the instruction up.  So these pages are brought in first: the
 page tables in use, and the page of the first instruction.
+
+The same holds under userfaultfd.  There such an access sleeps like any other, but when its source
+fails, or the VM is stopped, the sleeper has to be let go, and its access fails after all.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 :class:`Session` puts the parts together and runs them: RAM and the view in which its pages are
 absent, the VM with its slots, a thread per vCPU, and in ``uffd`` mode the handler's thread.
 
-It stops as a whole.  When a vCPU cannot go on, or a source fails, every vCPU is stopped before it
-can run on, and :attr:`Session.failure` says why; :meth:`Session.run` may be called again once what
-failed has been mended, and every vCPU goes on where it stood.
+It stops as a whole.  When a vCPU cannot go on, or a source fails, that vCPU does not run on, every
+other is stopped too, and :attr:`Session.failure` says why; :meth:`Session.run` may be called again
+once what failed has been mended, and every vCPU goes on where it stood.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from guestfault.dialect.published import missing_flag
 from guestfault.errors import GuestfaultError, Unavailable
 from guestfault.guest.snapshot import Snapshot
 from guestfault.kvm.protocols import System, Vm
+from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.memory.view import GuestView, Protected, Registered, Unpopulated
@@ -29,6 +30,7 @@ from guestfault.paging.handler import UserfaultHandler
 from guestfault.paging.pager import Pager
 from guestfault.paging.resolver import FaultResolver
 from guestfault.paging.source.base import PageSource
+from guestfault.uapi import kvm as uapi
 from guestfault.vmm.eager import bring_in_eagerly
 from guestfault.vmm.vcpu_loop import VcpuLoop
 
@@ -61,9 +63,10 @@ class Session:
         self.mode = mode
         self._undo: list[Callable[[], None]] = []
         self._stopping = False
-        self._shut = False
+        self._threads: dict[VcpuLoop, threading.Thread] = {}
+        self._defect: Exception | None = None  # a fault of ours or of a source's, not of the run
         self.failure: GuestfaultError | None = None
-        self.failed_vcpu: VcpuLoop | None = None
+        self.failed_vcpu: VcpuLoop | None = None  # the one that the failure stopped, if known
         try:
             self._build(source)
         except BaseException:
@@ -73,11 +76,13 @@ class Session:
     def _build(self, source: PageSource) -> None:
         self.ram = GuestRam(self.snapshot.memory_size)
         self._undo.append(self.ram.close)
+        self._require_vcpus(len(self.snapshot.vcpus))
         vm = self.system.create_vm()
+        self._undo.append(vm.close)
         self.interface: MemoryFaultInterface | None = probe(vm.check_extension)
         self.view, flags = self._choose_view(vm)
-        # Undone last to first: the VM goes before the view, whose pages would read as zeros.
-        self._undo += [self.view.close, vm.close]
+        # Undone last to first: the VM goes before the view, whose absent pages then read as zeros.
+        self._undo.insert(-1, self.view.close)
         self.slots = SlotMap()
         for slot in self.snapshot.slots:
             hva = self.ram.guest.address + slot.offset
@@ -101,8 +106,14 @@ class Session:
             loop = VcpuLoop(vcpu, self.interface, self.slots, resolver, lambda: self._stopping)
             self.vcpus.append(loop)
         self.eager_pages = 0
-        if self.mode is Mode.EXIT and not isinstance(self.view, Unpopulated):
+        if not isinstance(self.view, Unpopulated):
             self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
+
+    def _require_vcpus(self, count: int) -> None:
+        limit = self.system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
+        if count > limit > 0:
+            why = f"{self.system.name} can have {limit} in a VM"
+            raise Unavailable(f"{count} vCPUs", why, "use a guest with fewer")
 
     def _choose_view(self, vm: Vm) -> tuple[GuestView, int]:
         """How pages are absent, and the flags that the slots need for it."""
@@ -122,36 +133,32 @@ class Session:
         """Run every vCPU until all are done or the session has stopped; whether all are done.
 
         ``watch`` is called on this thread every ``interval`` seconds meanwhile.  An exception on
-        this thread, Ctrl-C included, stops the session before it goes on its way.
+        this thread, Ctrl-C included, stops the session before it goes on its way.  It takes as long
+        as a source that is being read takes to answer.
         """
-        if self._shut:
-            self.view.reopen()
-        self._shut = self._stopping = False
-        self.failure = self.failed_vcpu = None
+        self._stopping = False
+        self.failure = self.failed_vcpu = self._defect = None
         if self.handler is not None:
             self.handler.start()
-        threads = [
-            threading.Thread(target=self._run_vcpu, args=(v,), name=f"vcpu{v.vcpu.vcpu_id}")
-            for v in self.vcpus
-            if not v.console.done
-        ]
+        self._threads = {
+            loop: threading.Thread(
+                target=self._run_vcpu, args=(loop,), name=f"vcpu{loop.vcpu.vcpu_id}"
+            )
+            for loop in self.vcpus
+            if not loop.console.done
+        }
         try:
-            for thread in threads:
+            for thread in self._threads.values():
                 thread.start()
-            while alive := [thread for thread in threads if thread.is_alive()]:
-                alive[0].join(_STOP_GRACE if self._stopping else interval)
-                if self._stopping and alive[0].is_alive():
-                    self._release_sleepers()
+            while not self._stopping and (alive := self._alive()):
+                alive[0].join(interval)
                 if watch is not None:
                     watch()
         finally:
-            self.stop()
-            while alive := [thread for thread in threads if thread.is_alive()]:
-                alive[0].join(_STOP_GRACE)
-                self._release_sleepers()
-            if self.handler is not None:
-                self.handler.stop()
-        return all(v.console.done for v in self.vcpus)
+            self._come_to_rest()
+        if self._defect is not None:
+            raise self._defect
+        return all(loop.console.done for loop in self.vcpus)
 
     def stop(self) -> None:
         """From any thread: make every vCPU stop, wherever it is.  :meth:`run` returns then."""
@@ -159,25 +166,50 @@ class Session:
         for loop in self.vcpus:
             loop.vcpu.kick()
 
-    def _release_sleepers(self) -> None:
-        """Let go whoever sleeps in a page, where a kick does not reach, into a failed access.
+    def _alive(self) -> list[threading.Thread]:
+        return [thread for thread in self._threads.values() if thread.is_alive()]
 
-        Never into a page of zeros; and the access is made again when the session runs again.
-        """
-        if self.mode is Mode.UFFD and not self._shut:
-            self._shut = True
-            self.view.shut()
+    def _come_to_rest(self) -> None:
+        """Stop, and wait for every thread.  A second Ctrl-C must not leave one running."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                if self._alive():
+                    self.stop()
+                while alive := self._alive():
+                    alive[0].join(_STOP_GRACE)
+                    if self.handler is not None and self._alive():
+                        self.handler.release()
+                if self.handler is not None:
+                    self.handler.stop()
+                break
+            except KeyboardInterrupt as again:
+                interrupt = again
+        if interrupt is not None:
+            raise interrupt
 
     def _run_vcpu(self, loop: VcpuLoop) -> None:
-        if not loop.run() and loop.error is not None:
-            self._fail(loop.error, loop)
+        try:
+            loop.run()
+        except Exception as defect:
+            self._fail(defect, loop)
+        else:
+            if loop.error is not None:
+                self._fail(loop.error, loop)
 
-    def _source_failed(self, offset: int, error: GuestfaultError) -> None:
+    def _source_failed(self, fault: PageFault, error: Exception) -> None:
         """On the handler's thread: a page that a vCPU sleeps in cannot be had."""
-        self._fail(error, None)
+        sleepers = (
+            loop
+            for loop, thread in self._threads.items()
+            if thread.native_id == fault.thread_id is not None
+        )
+        self._fail(error, next(sleepers, None))
 
-    def _fail(self, error: GuestfaultError, loop: VcpuLoop | None) -> None:
-        if self.failure is None:
+    def _fail(self, error: Exception, loop: VcpuLoop | None) -> None:
+        if not isinstance(error, GuestfaultError):
+            self._defect = error
+        elif self.failure is None:
             self.failure, self.failed_vcpu = error, loop
         self.stop()
 

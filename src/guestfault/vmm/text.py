@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from guestfault.vmm.report import Report, VcpuReport
+from guestfault.vmm.report import Latency, Report, VcpuReport
 
 __all__ = ["as_text"]
 
 
 def as_text(r: Report) -> str:
-    """The report in some fifteen lines of at most 80 columns."""
+    """The report in some fifteen lines."""
     rows = [
         ("KVM", f"{r.kvm}, mode {r.mode}, absent pages: {r.absent}"),
         ("guest", f"{r.guest}, {_size(r.memory)}, {_count(len(r.vcpus), 'vCPU')}"),
@@ -16,22 +16,14 @@ def as_text(r: Report) -> str:
         ("run time", _seconds(r.seconds)),
         ("pages in", f"{r.pages_in} of {r.pages}" + _eager(r.eager_pages)),
         ("faults", _faults(r)),
-        (
-            "latency",
-            ", ".join(
-                f"{name} {_us(ns)}"
-                for name, ns in (
-                    ("p50", r.latency.p50),
-                    ("p90", r.latency.p90),
-                    ("p99", r.latency.p99),
-                    ("max", r.latency.max),
-                )
-            ),
-        ),
     ]
+    if r.latency.max:
+        rows.append(("latency", _latency(r.latency)))
     rows += [(f"vCPU {v.vcpu}", _vcpu(v)) for v in r.vcpus]
     if r.memory_right is not None:
         rows.append(("memory", "as expected" if r.memory_right else "NOT as expected"))
+    if r.failure is not None:
+        rows.append(("failure", r.failure))
     rows.append(("verdict", r.verdict))
     return "\n".join(f"{name:18} {text}" for name, text in rows)
 
@@ -51,6 +43,16 @@ def _faults(r: Report) -> str:
     text = f"{total}: " + ", ".join(f"{n} {kind}" for n, kind in kinds if n) if total else "none"
     again = sum(v.again for v in r.vcpus)
     return f"{text}; {again} on a page that was in already" if again else text
+
+
+def _latency(latency: Latency) -> str:
+    figures = (
+        ("p50", latency.p50),
+        ("p90", latency.p90),
+        ("p99", latency.p99),
+        ("max", latency.max),
+    )
+    return ", ".join(f"{name} {_us(ns)}" for name, ns in figures)
 
 
 def _vcpu(v: VcpuReport) -> str:

@@ -49,6 +49,7 @@ class VcpuLoop:
         self._interface = interface
         self._slots = slots
         self._stopping = stopping
+        self._unanswered: RamMmio | None = None
 
     def run(self) -> bool:
         """Run the vCPU; whether its guest is done.
@@ -58,6 +59,8 @@ class VcpuLoop:
         is answered then.
         """
         self.error = None
+        # What stopped it last may have been mended: nothing has failed in a row yet.
+        self.resolver.guard.progress()
         try:
             while not self.console.done and not self._stopping():
                 self._once()
@@ -67,15 +70,17 @@ class VcpuLoop:
 
     def _once(self) -> None:
         vcpu = self.vcpu
+        if self._unanswered is not None:
+            # The next KVM_RUN takes what stands in kvm_run.mmio for the answer, whatever it is.
+            self.resolver.resolve_ram_mmio(self._unanswered)
+            self._unanswered = None
         ret = vcpu.run()
         match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot):
             case MemoryFault() as fault:
                 if not self._stopping():
                     self.resolver.resolve_annotated(fault)
-                return
             case RamMmio() as exit_:
-                self.resolver.resolve_ram_mmio(exit_)
-                return
+                self._unanswered = exit_
             case Io() as io:
                 self.resolver.guard.progress()
                 self._port_io(io)
@@ -85,7 +90,8 @@ class VcpuLoop:
                 if not self._stopping():
                     self.resolver.account.bare += 1
                     name = _errno.errorcode.get(errno, "EHWPOISON")
-                    why = f"KVM_RUN failed with a bare -{name}: this KVM does not say which access"
+                    why = f"KVM_RUN failed with a bare -{name}: this KVM does not say"
+                    why += " which access it was; use --mode uffd"
                     raise UnlocatedFaultError(vcpu.vcpu_id, self.rip, errno, why)
             case Shutdown():
                 self._stop("the guest shut down (a triple fault)")

@@ -12,13 +12,17 @@ __all__ = ["FileSource"]
 class FileSource:
     """The bytes of an open file, which the source closes.
 
-    Read with ``preadv`` and not through a mapping: a file that was truncated since is a short read,
-    which is an error here, where the mapping would raise SIGBUS.
+    Raises :class:`~guestfault.paging.source.base.SourceError` at once for a descriptor that cannot
+    be read at any offset.  Read with ``preadv`` and not through a mapping: a file that was
+    truncated since is a short read, which is an error here, where the mapping would raise SIGBUS.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.size = os.fstat(fd).st_size
+        try:
+            self.size = os.lseek(fd, 0, os.SEEK_END)  # of a block device too
+        except OSError as e:
+            raise SourceError(0, 0, e.strerror or str(e)) from None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See :class:`~guestfault.paging.source.base.PageSource`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guestfault.errors import GuestfaultError
 from guestfault.paging.source.base import SourceError
 
 __all__ = ["FunctionSource"]
@@ -25,8 +24,8 @@ class FunctionSource:
         """See :class:`~guestfault.paging.source.base.PageSource`."""
         length = len(buffer)
         try:
-            data = self._read(offset, length)
-        except GuestfaultError:
+            data = memoryview(self._read(offset, length)).cast("B")
+        except SourceError:
             raise
         except Exception as e:
             raise SourceError(offset, length, f"{type(e).__name__}: {e}") from e

@@ -1,0 +1,113 @@
+"""Snapshots of built-in guests, made once; the KVMs of this machine; a source that can break."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from guestfault.errors import Unavailable
+from guestfault.guest.layout import Layout
+from guestfault.guest.layout import Mode as GuestMode
+from guestfault.guest.snapshot import Snapshot, build
+from guestfault.guest.walk import Walk
+from guestfault.kvm.protocols import System
+from guestfault.kvm.system import KvmSystem
+from guestfault.linux.userfaultfd import Userfaultfd
+from guestfault.memory.ram import PAGE_SIZE
+from guestfault.paging.source.file import FileSource
+from guestfault.paging.source.function import FunctionSource
+from guestfault.softkvm.system import SoftSystem
+from guestfault.vmm.session import Mode, Session
+
+Make = Callable[..., Snapshot]
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """``snapshot(size, mode, walk, vcpus)``: a built-in guest, made at the first demand."""
+    made: dict[tuple[object, ...], Snapshot] = {}
+    directory = tmp_path_factory.mktemp("snapshots")
+
+    def make(
+        size: int = 1 << 20,
+        mode: GuestMode = GuestMode.LONG_CPL3,
+        walk: Walk = Walk.SEQUENTIAL,
+        vcpus: int = 1,
+    ) -> Snapshot:
+        key = (size, mode, walk, vcpus)
+        if key not in made:
+            made[key] = build(directory / str(len(made)), size, mode, walk, vcpus)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def open_system() -> Iterator[Callable[..., System]]:
+    """``open_system("seed" | "linux-6.8" | "kvm", mode)``; skips what this machine has not got."""
+    opened: list[System] = []
+
+    def open_(name: str, mode: Mode = Mode.EXIT) -> System:
+        try:
+            if mode is Mode.UFFD:
+                Userfaultfd.open().close()
+            system: System = KvmSystem() if name == "kvm" else SoftSystem(name)
+        except Unavailable as error:
+            pytest.skip(str(error))
+        opened.append(system)
+        return system
+
+    yield open_
+    for system in opened:
+        system.close()
+
+
+@pytest.fixture(scope="session")
+def session_of() -> Callable[..., object]:
+    """``with session_of(system, snapshot, mode) as session``, with pages from the snapshot."""
+
+    @contextmanager
+    def open_(system: System, snapshot: Snapshot, mode: Mode = Mode.EXIT) -> Iterator[Session]:
+        source = FileSource(snapshot.open_memory())
+        try:
+            with Session(system, snapshot, source, mode) as session:
+                yield session
+        finally:
+            source.close()
+
+    return open_
+
+
+class BreakableSource(FunctionSource):
+    """A snapshot's memory, with pages in ``broken`` that cannot be had.  Counts what it gave."""
+
+    def __init__(self, snapshot: Snapshot, broken: set[int]) -> None:
+        self.memory = Path(snapshot.memory_path).read_bytes()
+        self.broken = broken
+        self.given: Counter[int] = Counter()
+        super().__init__(len(self.memory), self._read_page)
+
+    def _read_page(self, offset: int, length: int) -> bytes:
+        page = offset // PAGE_SIZE
+        if page in self.broken:
+            raise OSError(5, "Input/output error")
+        self.given[page] += 1
+        return self.memory[offset : offset + length]
+
+
+@pytest.fixture(scope="session")
+def breakable() -> type[BreakableSource]:
+    return BreakableSource
+
+
+@pytest.fixture(scope="session")
+def layout_of() -> Callable[[Snapshot], Layout]:
+    def layout(snapshot: Snapshot) -> Layout:
+        assert snapshot.guest is not None
+        return Layout(snapshot.memory_size, snapshot.guest.mode, len(snapshot.vcpus))
+
+    return layout
