@@ -39,7 +39,7 @@ from guestfault.memory.view import Unpopulated
 from guestfault.softkvm.system import SoftSystem
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.segments import Segments
-from guestfault.x86.tables import SIZE_2M, Mapping, PagingMode, TableBuilder
+from guestfault.x86.tables import Mapping, PagingMode, TableBuilder
 
 RAM_SIZE = 8 << 20
 TABLES, CODE, DATA = 0x1000, 0x10000, 4 << 20

@@ -272,12 +272,19 @@ def test_a_guest_that_triple_faults_ends_with_its_rip_and_status_2(
     assert f"not done, at rip {rip:#x}" in done.stdout
 
 
-def test_a_bare_fault_ends_the_run_with_what_to_use_instead(taken: Snapshot) -> None:
+def test_a_bare_fault_is_named_and_resolved(taken: Snapshot) -> None:
     done = run("--kvm", "soft", "--dialect", "linux-6.8", taken.path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^faults +\d+: \d+ bare", done.stdout, re.MULTILINE)
+    assert re.search(r"^named by +decoding the instruction \d+", done.stdout, re.MULTILINE)
+
+
+def test_a_bare_fault_that_only_the_kernel_may_name_ends_the_run(taken: Snapshot) -> None:
+    done = run("--kvm", "soft", "--dialect", "linux-6.8", "--locate", "kernel", taken.path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert re.search(r"vCPU \d at rip 0x\w+: KVM_RUN failed with a bare -EFAULT", line)
-    assert line.endswith("use --mode uffd")
+    assert line.endswith("use --locate all, or --mode uffd")
     assert "not done" in done.stdout
 
 

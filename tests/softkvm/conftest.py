@@ -1,9 +1,9 @@
 """A small machine for guests of a few bytes, the same on the software KVM and on ``/dev/kvm``.
 
-2 MiB of RAM at guest physical 0, mapped one to one; a page of device at :data:`Machine.DEVICE`, where
-no slot is; page tables with one entry for each page, so that a test can change any of them.  A guest
-is a string of hexadecimal machine code and ends itself with ``OUT 0xf4, al`` (:data:`END`), which
-works in every mode.
+2 MiB of RAM at guest physical 0, mapped one to one; a page of device at :data:`Machine.DEVICE`,
+where no slot is; page tables with one entry for each page, so that a test can change any of them. A
+guest is a string of hexadecimal machine code and ends itself with ``OUT 0xf4, al`` (:data:`END`),
+which works in every mode.
 
 A test that takes ``start`` runs on both KVMs, and what it asserts holds on both; where the real one
 differs for a reason of this host's, the test names the reason.  ``soft`` starts on the software KVM

@@ -1,4 +1,4 @@
-"""The helper that names the failed access, its guard, and what each dialect leaves in ``kvm_run``."""
+"""The helper that names the failed access, its guard, what each dialect leaves in ``kvm_run``."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""Exceptions through the guest's IDT: frames, stacks, combinations, and absent memory on the way."""
+"""Exceptions through the guest's IDT: frames, stacks, combinations, absent memory on the way."""
 
 import struct
 

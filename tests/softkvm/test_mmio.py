@@ -157,7 +157,7 @@ def test_a_read_that_is_abandoned_by_moving_rip_is_forgotten(start):
 
 
 def test_an_answer_is_used_for_one_execution_only(soft):
-    """Read from the device, store to an absent page: the device is asked once, by each execution."""
+    """Read from the device, store to an absent page: the device is asked once an execution."""
     machine = soft("a5" + END, flags=4, rsi=DEVICE, rdi=DATA)
     machine.bring_in(0, DATA)
     assert machine.run() == Mmio(DEVICE, b"", 4, False)

@@ -26,7 +26,7 @@ FOREVER = "ebfe"
 GENERAL = [name for name, _ in uapi.kvm_regs._fields_ if name not in ("rip", "rflags")]
 
 
-# -- registers ---------------------------------------------------------------------------------------
+# -- registers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["real", "long-cpl0", "long-cpl3"])
@@ -142,7 +142,7 @@ def test_system_registers_that_cannot_be(start, change):
     assert bytes(machine.vcpu.get_sregs()) == before
 
 
-# -- modes -------------------------------------------------------------------------------------------
+# -- modes -----------------------------------------------------------------------------------------
 
 
 def test_from_real_mode_into_long_mode_and_on_to_cpl3(soft):
@@ -196,7 +196,7 @@ def test_cr3_written_by_the_guest_changes_what_it_sees(soft):
     assert machine.regs.rbx == int.from_bytes(b"new page", "little")
 
 
-# -- translation ---------------------------------------------------------------------------------------
+# -- translation -----------------------------------------------------------------------------------
 
 
 def test_translate(start):
@@ -217,7 +217,7 @@ def test_translate_does_not_change_the_tables(soft):
     assert machine.word(machine.entry_at(DATA)) == before
 
 
-# -- kicks ---------------------------------------------------------------------------------------------
+# -- kicks -----------------------------------------------------------------------------------------
 
 
 def test_immediate_exit_leaves_the_exit_reason(start):

@@ -23,7 +23,7 @@ def dirty_pages(log):
     return {8 * i + bit for i, byte in enumerate(log) for bit in range(8) if byte >> bit & 1}
 
 
-# -- the dirty log -------------------------------------------------------------------------------------
+# -- the dirty log ---------------------------------------------------------------------------------
 
 
 def test_the_log_has_exactly_the_pages_written(start, is_soft):
@@ -84,7 +84,7 @@ def test_the_log_loses_no_write_of_vcpus_that_run_meanwhile(soft, background):
         assert after[gpa] == before[gpa] or gpa >> 12 in logged
 
 
-# -- slots ---------------------------------------------------------------------------------------------
+# -- slots -----------------------------------------------------------------------------------------
 
 
 def test_a_slot_that_is_deleted_is_a_device_afterwards(start):
@@ -140,7 +140,7 @@ def test_slots_come_and_go_under_a_running_vcpu(soft, background):
     assert exits["device"] > 0
 
 
-# -- the host takes pages --------------------------------------------------------------------------------
+# -- the host takes pages --------------------------------------------------------------------------
 
 
 def test_a_page_taken_away_faults_again(soft):
@@ -154,8 +154,9 @@ def test_a_page_taken_away_faults_again(soft):
 def test_no_stale_byte_is_ever_read(soft, background):
     """The host takes the page, changes it and lets it in again, while vCPUs read it.
 
-    Two words count up.  While no vCPU may read it the second holds a value of 1000 or more: who sees
-    that has read a page that was taken from it.  Who sees the count go back has read a stale one.
+    Two words count up.  While no vCPU may read it the second holds a value of 1000 or more: who
+    sees that has read a page that was taken from it.  Who sees the count go back has read a stale
+    one.
     """
     # again: mov rax, [rdi]; mov rbx, [rdi+0x800]; cmp rbx, rax; jb stale; cmp rax, rcx; jb stale;
     # cmp rbx, 1000; jae taken; mov rcx, rbx; jmp again; stale: out 0x67, al; taken: out 0x66, al
@@ -234,7 +235,7 @@ def test_two_vcpus_share_pages(soft, background):
     assert machine.word(DATA + 8) == 600
 
 
-# -- closing ---------------------------------------------------------------------------------------------
+# -- closing ---------------------------------------------------------------------------------------
 
 
 def test_closing_again_is_harmless_and_a_closed_vm_hears_nothing(soft):

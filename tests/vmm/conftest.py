@@ -71,10 +71,12 @@ def session_of() -> Callable[..., object]:
     """``with session_of(system, snapshot, mode) as session``, with pages from the snapshot."""
 
     @contextmanager
-    def open_(system: System, snapshot: Snapshot, mode: Mode = Mode.EXIT) -> Iterator[Session]:
+    def open_(
+        system: System, snapshot: Snapshot, mode: Mode = Mode.EXIT, *, locate: bool = True
+    ) -> Iterator[Session]:
         source = FileSource(snapshot.open_memory())
         try:
-            with Session(system, snapshot, source, mode) as session:
+            with Session(system, snapshot, source, mode, locate=locate) as session:
                 yield session
         finally:
             source.close()

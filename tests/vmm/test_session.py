@@ -76,7 +76,7 @@ def test_uffd_completes_under_every_dialect(
 
 
 @pytest.mark.parametrize("grant", ["userfaultfd", "none"])
-def test_under_linux_6_8_an_ordinary_slots_fault_is_bare_and_the_run_stops_and_says_so(
+def test_a_bare_fault_that_nobody_may_name_stops_the_run_and_says_so(
     open_system, session_of, snapshot, monkeypatch, grant, layout_of
 ) -> None:
     if grant == "none":  # as for one who may not have userfaultfd: absent is PROT_NONE
@@ -86,7 +86,7 @@ def test_under_linux_6_8_an_ordinary_slots_fault_is_bare_and_the_run_stops_and_s
 
         monkeypatch.setattr(Userfaultfd, "open", refuse)
     taken = snapshot()
-    with session_of(open_system("linux-6.8"), taken) as session:
+    with session_of(open_system("linux-6.8"), taken, locate=False) as session:
         assert not session.run()
         result = report(session, 0)
         failure = session.failure
@@ -103,6 +103,32 @@ def test_under_linux_6_8_an_ordinary_slots_fault_is_bare_and_the_run_stops_and_s
         assert session.vcpus[0].rip == failure.rip
         data = layout_of(taken).data.start * PAGE_SIZE
         assert process_memory.read(session.ram.guest.address + data, 8) is None
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("walk", Walk)
+@pytest.mark.parametrize("kvm", ["linux-6.8", "kvm"])
+def test_a_guest_whose_every_fault_is_bare_runs_to_the_end(
+    open_system, session_of, snapshot, kvm, walk, vcpus
+) -> None:
+    taken = snapshot(MIB // 2, GuestMode.LONG_CPL3, walk, vcpus)
+    with session_of(open_system(kvm), taken) as session:
+        result = finished(session)
+    bare, again = (sum(getattr(v, name) for v in result.vcpus) for name in ("bare", "again"))
+    assert bare - again == result.pages - result.eager_pages
+    assert sum(v.by_tracepoint + v.by_decode for v in result.vcpus) == bare
+    assert sum(v.unsure for v in result.vcpus) <= again  # a page that another vCPU was bringing in
+
+
+def test_the_same_without_userfaultfd(open_system, session_of, snapshot, monkeypatch) -> None:
+    def refuse(*_args, **_kwargs):
+        raise Unavailable("userfaultfd", "refused by a test")
+
+    monkeypatch.setattr(Userfaultfd, "open", refuse)
+    with session_of(open_system("linux-6.8"), snapshot()) as session:
+        result = finished(session)
+    assert result.absent == "protected"
+    assert result.vcpus[0].bare == result.pages - result.eager_pages
 
 
 def test_slots_in_another_order_than_their_bytes(
@@ -184,10 +210,10 @@ def test_absent_ram_that_comes_as_mmio_is_answered_with_its_bytes(
     open_system, session_of, snapshot, mode, walk
 ) -> None:
     with session_of(open_system("kvm"), snapshot(MIB // 4, mode, walk)) as session:
-        if not session.run() and isinstance(session.failure, UnlocatedFaultError):
-            pytest.skip("this KVM runs the guest natively: absent RAM is a bare fault")
         result = finished(session)
         [vcpu] = result.vcpus
+        if vcpu.bare:
+            pytest.skip("this KVM runs the guest natively: absent RAM is a bare fault")
         assert vcpu.ram_mmio - vcpu.again == result.pages - result.eager_pages
         assert vcpu.annotated == vcpu.bare == 0
 
@@ -207,7 +233,8 @@ def test_an_mmio_read_of_ram_answered_with_zeros_would_change_the_checksum(
 
     monkeypatch.setattr(FaultResolver, "resolve_ram_mmio", lie_once)
     with session_of(open_system("kvm"), snapshot(MIB // 4, mode)) as session:
-        if not session.run() and isinstance(session.failure, UnlocatedFaultError):
+        session.run()
+        if session.vcpus[0].resolver.account.bare:
             pytest.skip("this KVM runs the guest natively: absent RAM is a bare fault")
         assert len(lies) == 1
         assert report(session, 0).verdict == "wrong checksum"

@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="first read all of the memory, and check its digest"
     )
+    parser.add_argument(
+        "--locate",
+        choices=("all", "kernel"),
+        default="all",
+        help="who may name a failed access: all the locators (default), or the kernel alone, "
+        "so that a bare -EFAULT ends the run as it does in other VMMs",
+    )
     made = parser.add_argument_group("the guest to make, where no SNAPSHOT is given")
     made.add_argument("--memory", metavar="SIZE", help=f"such as 64M (default {DEFAULT_MEMORY})")
     made.add_argument("--vcpus", type=int, metavar="N", help="default 1")
@@ -70,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command.  0: the guest ended with the right results; 2: it did not; 130: Ctrl-C."""
     mode = Mode(args.mode)
     with ExitStack() as stack:
-        choice = choose(args.kvm, args.dialect, mode)
+        choice = choose(args.kvm, args.dialect)
         stack.callback(choice.system.close)
         snapshot = stack.enter_context(_snapshot(args))
         if args.verify:
@@ -79,7 +86,9 @@ def main(args: argparse.Namespace) -> int:
             print(f"guestfault: using {choice.system.name}: {choice.why}", file=sys.stderr)
         source = FileSource(snapshot.open_memory())
         stack.callback(source.close)
-        session = stack.enter_context(Session(choice.system, snapshot, source, mode))
+        session = stack.enter_context(
+            Session(choice.system, snapshot, source, mode, locate=args.locate == "all")
+        )
         watch = stack.enter_context(_Watch(session))
         session.run(watch)
         result = report(session, time.monotonic() - session.began)

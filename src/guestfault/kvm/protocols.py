@@ -55,7 +55,7 @@ class Vcpu(Protocol):
         """``KVM_SET_SREGS``; raises :class:`~guestfault.errors.KvmError` (EINVAL) on bad state."""
 
     def translate(self, gva: int) -> uapi.kvm_translation:
-        """``KVM_TRANSLATE``: walk the guest's page tables for a linear address, without faulting."""
+        """``KVM_TRANSLATE``: walk the guest's tables for a linear address, without faulting."""
 
     def close(self) -> None:
         """Release the vCPU.  Not while a thread is inside :meth:`run`."""

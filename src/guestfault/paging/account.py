@@ -13,15 +13,21 @@ __all__ = ["FaultAccount"]
 class FaultAccount:
     """Counts by the shape in which the fault arrived.  Written by one thread.
 
-    ``annotated``: KVM_EXIT_MEMORY_FAULT.  ``bare``: an errno and nothing else.  ``ram_mmio``:
-    KVM_EXIT_MMIO on RAM.  ``userfault``: an event of a userfaultfd.  ``again``: of all these, those
-    whose page was in already when they were looked at, because another vCPU had asked for it too.
-    ``latency``: nanoseconds from the exit (or event) to the page being in.
+    ``annotated``: KVM_EXIT_MEMORY_FAULT.  ``bare``: an errno and nothing else; of these,
+    ``by_tracepoint`` and ``by_decode`` are those that were named so, ``unsure`` those for which
+    more than one access was in question.  ``ram_mmio``: KVM_EXIT_MMIO on RAM.  ``silent``: no exit
+    at all, found by the watchdog.  ``userfault``: an event of a userfaultfd.  ``again``: of all
+    these, those whose page was in already when they were looked at, because another vCPU had asked
+    for it too.  ``latency``: nanoseconds from the exit (or event) to the page being in.
     """
 
     annotated: int = 0
     bare: int = 0
+    by_tracepoint: int = 0
+    by_decode: int = 0
+    unsure: int = 0
     ram_mmio: int = 0
+    silent: int = 0
     userfault: int = 0
     again: int = 0
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
@@ -29,4 +35,4 @@ class FaultAccount:
     @property
     def faults(self) -> int:
         """All of them."""
-        return self.annotated + self.bare + self.ram_mmio + self.userfault
+        return self.annotated + self.bare + self.ram_mmio + self.silent + self.userfault

@@ -22,17 +22,19 @@ class FaultLoopError(GuestfaultError):
     """A vCPU met the same fault ``count`` times although it was resolved each time.
 
     ``access`` is what failed, ``rip`` where.  What resolves the fault does not make the access
-    possible: find out why before running the vCPU again.
+    possible: ``cause`` says what the host has against it, where that was looked into, and how it
+    could be mended before the vCPU runs again.
     """
 
-    def __init__(self, vcpu_id: int, access: Access, rip: int, count: int) -> None:
+    def __init__(self, vcpu_id: int, access: Access, rip: int, count: int, cause: str = "") -> None:
         self.vcpu_id = vcpu_id
         self.access = access
         self.rip = rip
         self.count = count
+        self.cause = cause
         super().__init__(
             f"vCPU {vcpu_id} at rip {rip:#x}: {access} failed {count} times in a row although its"
-            " page was brought in each time"
+            " page was brought in each time" + (f": {cause}" if cause else "")
         )
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 
 from guestfault.errors import GuestfaultError
-from guestfault.fault.access import Access
+from guestfault.fault.access import Access, FoundBy
+from guestfault.fault.cause.evidence import Failure
+from guestfault.fault.cause.why import why
 from guestfault.fault.locate.annotation import from_annotation
 from guestfault.fault.locate.mmio import from_mmio
-from guestfault.fault.outcome import MemoryFault, RamMmio
+from guestfault.fault.outcome import BareFault, MemoryFault, RamMmio
 from guestfault.kvm.protocols import Vcpu
 from guestfault.memory.slots import SlotMap
 from guestfault.paging.account import FaultAccount
-from guestfault.paging.guard import RepeatGuard
+from guestfault.paging.guard import FaultLoopError, RepeatGuard
 from guestfault.paging.pager import Pager
 
 __all__ = ["FaultResolver", "UnresolvableError"]
@@ -49,7 +51,33 @@ class FaultResolver:
         must not run on then.
         """
         self.account.annotated += 1
-        self._bring_in(from_annotation(fault, self._slots))
+        self._bring_in(from_annotation(fault, self._slots), fault)
+
+    def resolve_bare(self, fault: BareFault, candidates: tuple[Access, ...]) -> None:
+        """Bring in what the locators found (:class:`guestfault.fault.locate.chain.Locators`).
+
+        Where several accesses are in question all of them are brought in: it makes no difference to
+        the guest which of its own pages are there, only to the count.  Raises as
+        :meth:`resolve_annotated` does.
+        """
+        account, best = self.account, candidates[0]
+        account.bare += 1
+        account.by_tracepoint += best.found_by is FoundBy.TRACEPOINT
+        account.by_decode += best.found_by is FoundBy.DECODE
+        account.unsure += not best.certain
+        self._bring_in(best, fault)
+        for other in candidates[1:]:
+            if other.hva is not None:
+                offset = other.hva - self._pager.ram.guest.address
+                self._pager.bring_in_range(offset, other.size)
+
+    def resolve_silent(self, access: Access) -> None:
+        """Bring in what a vCPU that stands still is waiting for, though nothing has failed.
+
+        Raises as :meth:`resolve_annotated` does.
+        """
+        self.account.silent += 1
+        self._bring_in(access, None)
 
     def resolve_ram_mmio(self, exit_: RamMmio) -> None:
         """Bring the page in and do what KVM's emulator could not: answer the read, or write.
@@ -59,7 +87,7 @@ class FaultResolver:
         :meth:`resolve_annotated` does, and nothing has been answered then.
         """
         access = from_mmio(exit_, self._slots)
-        offset = self._bring_in(access)
+        offset = self._bring_in(access, exit_)
         self.account.ram_mmio += 1
         memory = self._pager.ram.bytes[offset : offset + exit_.length]
         if exit_.is_write:
@@ -67,12 +95,16 @@ class FaultResolver:
         else:
             self._vcpu.kvm_run.mmio.data[: exit_.length] = memory
 
-    def _bring_in(self, access: Access) -> int:
+    def _bring_in(self, access: Access, failure: Failure | None) -> int:
         """Bring the access's pages in; the RAM offset at which it begins."""
         began = time.perf_counter_ns()
         if access.hva is None:
             raise UnresolvableError(access)
-        self.guard.saw(access)
+        try:
+            self.guard.saw(access)
+        except FaultLoopError as e:
+            cause = str(why(access, failure))
+            raise FaultLoopError(e.vcpu_id, access, e.rip, e.count, cause) from None
         offset = access.hva - self._pager.ram.guest.address
         if not self._pager.bring_in_range(offset, access.size):
             self.account.again += 1

@@ -6,9 +6,9 @@ drops its result, the vCPU runs, faults, and queues the work anew (``kvm_setup_a
 outside it looks like any long computation, except that RIP does not move.
 
 The watchdog makes KVM_RUN return: a vCPU that has not left it for ``patience`` seconds is kicked,
-and its RIP looked at.  Standing on one instruction several times in a row is not wrong (``jmp .`` does
-so); it is when the host cannot serve something that this instruction accesses.  That question is the
-decode locator's; this module only says when to ask it.
+and its RIP looked at.  Standing on one instruction several times in a row is not wrong (``jmp .``
+does so); it is when the host cannot serve something that this instruction accesses.  That question
+is the decode locator's; this module only says when to ask it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``KVM_CHECK_EXTENSION`` answers in software: what every dialect has, and what sets it apart."""
+"""What ``KVM_CHECK_EXTENSION`` answers in software: what all have, and what sets a dialect apart."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ __all__ = [
     "DEVICE_WINDOW",
     "GPRS",
     "MAX_PHYS",
+    "REFUSED",
     "REQUESTED",
     "TRAP",
     "Access",
@@ -64,7 +65,7 @@ _EFER_SVME = 1 << 12
 _VMEXIT = 0x100  # Unicorn reports a #VMEXIT as interrupt number 0x100 + code
 
 GPRS = (
-    *"rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip".split(),
+    *["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip"],
     "rflags",
 )
 """The general registers, in the order of ``struct kvm_regs``."""
@@ -107,7 +108,7 @@ class Stop:
     text: str = ""
 
 
-_REFUSED = Stop(StopKind.REFUSED)
+REFUSED = Stop(StopKind.REFUSED)
 REQUESTED = Stop(StopKind.REQUESTED)
 _PLANTED = Stop(StopKind.PLANTED)
 _STEPPED = Stop(StopKind.STEPPED)
@@ -368,7 +369,7 @@ class Cpu:
             return None  # VMRUN has been executed and its guest wants its first instruction
         answer = self._tlb_fill(gva, access)
         if answer is None:
-            self._stop = _REFUSED
+            self._stop = REFUSED
         return answer
 
     def _on_interrupt(self, number: int) -> None:

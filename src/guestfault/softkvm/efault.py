@@ -47,7 +47,6 @@ def kvm_handle_efault(vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> int:
         return -errno.EFAULT
     run = vcpu.run
     run.exit_reason = dialect.interface.exit_reason
-    run.memory_fault.flags = flags
-    run.memory_fault.gpa = gpa
-    run.memory_fault.size = size
+    fault = run.memory_fault
+    fault.flags, fault.gpa, fault.size = flags, gpa, size
     return -errno.EFAULT

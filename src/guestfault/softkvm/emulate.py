@@ -1,9 +1,9 @@
 """Instructions that KVM performs for the guest: port I/O, HLT, MSRs, control registers, INT n.
 
 Each is decoded at RIP, as KVM's emulator does, and either done here or handed to userspace.  Memory
-they touch goes through :class:`~guestfault.softkvm.guest_mmu.GuestMmu`, so a failed access is the
-same -EFAULT as any other.  An instruction that is not known here is KVM_EXIT_INTERNAL_ERROR with the
-bytes that could not be emulated; it is never skipped.
+they touch goes through :mod:`guestfault.softkvm.guest_mmu`, so a failed access is the
+same -EFAULT as any other.  An instruction that is not known here is KVM_EXIT_INTERNAL_ERROR with
+the bytes that could not be emulated; it is never skipped.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ class Engine:
         """From a hook: end the run before, or after, the instruction that the hook is about."""
         _emu_stop(self.handle)
 
-    # -- hooks: called on the running thread ---------------------------------------------------------
+    # -- hooks: called on the running thread -------------------------------------------------------
 
     def hook_tlb_fill(self, fill: Callable[[int, int], tuple[int, int] | None]) -> None:
         """``fill(address, access)`` gives (physical page, rights), or ``None``: the run fails."""

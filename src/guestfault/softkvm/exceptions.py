@@ -2,12 +2,12 @@
 
 Unicorn never delivers an exception through the guest's IDT, it reports it; delivery is ours.  It
 reads the IDT, perhaps a descriptor and the TSS, and writes a stack frame: guest memory that may be
-absent.  So everything is resolved before anything is written, and what cannot be resolved leaves the
-exception pending: the next KVM_RUN tries again.
+absent.  So everything is resolved before anything is written, and what cannot be resolved leaves
+the exception pending: the next KVM_RUN tries again.
 
-An exception during delivery combines with the first (SDM volume 3, table 6-5): two contributory ones
-or a page fault in a page fault make a double fault, anything serious after that is the triple fault,
-which KVM reports as KVM_EXIT_SHUTDOWN.
+An exception during delivery combines with the first (SDM volume 3, table 6-5): two contributory
+ones or a page fault in a page fault make a double fault, anything serious after that is the triple
+fault, which KVM reports as KVM_EXIT_SHUTDOWN.
 
 Delivered are real mode and long mode; 32-bit protected mode is an internal error that says so.
 """
@@ -68,7 +68,7 @@ def queue(vcpu: KvmVcpu, new: GuestException) -> int:
 
 
 def deliver(vcpu: KvmVcpu) -> Refusal | None:
-    """Deliver the pending exception.  ``None``: done, or combined with another and still pending."""
+    """Deliver the pending exception.  ``None``: done, or combined with another, still pending."""
     exception = vcpu.pending_exception
     assert exception is not None
     sregs = vcpu.sync_sregs()

@@ -1,8 +1,8 @@
 """Where the two stages meet: from a guest virtual access to host memory.
 
 On a TLB miss the processor asks :func:`tlb_fill`.  It walks the guest's own page tables
-(:mod:`guestfault.x86.paging`), whose entries are guest memory too and so go through the second stage
-like any access, then takes the page itself through
+(:mod:`guestfault.x86.paging`), whose entries are guest memory too and so go through the second
+stage like any access, then takes the page itself through
 :func:`~guestfault.softkvm.mmu.kvm_mmu_do_page_fault`.  A refusal leaves its reason in
 ``vcpu.refusal``.
 
@@ -134,7 +134,7 @@ def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind) -> tuple[int, int,
     return entry & ADDRESS_MASK, rights, entry & PT_DIRTY_MASK != 0
 
 
-# -- KVM's own accesses ------------------------------------------------------------------------------
+# -- KVM's own accesses ----------------------------------------------------------------------------
 
 
 def read_guest_virt(
@@ -185,7 +185,7 @@ def _resolve(
         gva, size = gva + n, size - n
 
 
-# -- both stages -------------------------------------------------------------------------------------
+# -- both stages -----------------------------------------------------------------------------------
 
 
 def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = False) -> WalkResult:

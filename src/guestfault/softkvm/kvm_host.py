@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guestfault.dialect.record import Dialect
+from guestfault.dialect.record import Dialect, Site
 from guestfault.softkvm.cpu import MAX_PHYS, REQUESTED, Cpu, Stop
 from guestfault.softkvm.memslots import Memslots
 from guestfault.softkvm.mm import Mm
@@ -56,6 +56,14 @@ class Kvm:
     memslots: Memslots = field(default_factory=Memslots)
     slots_lock: threading.Lock = field(default_factory=threading.Lock)
     vcpus: dict[int, KvmVcpu] = field(default_factory=dict)
+    # The dialect's answers to what every fault asks; a set of enumeration members is slow to ask.
+    missing_flag: int = field(init=False)
+    annotates_error_pfn: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        missing = self.dialect.missing
+        self.missing_flag = missing.slot_flag if missing is not None else 0
+        self.annotates_error_pfn = Site.HANDLE_ERROR_PFN in self.dialect.annotated
 
 
 class KvmVcpu:

@@ -3,11 +3,12 @@
 The software KVM runs on the real memory of its own process.  What the kernel decides with page
 tables in hand, we ask the kernel to decide:
 
-- *slow GUP* is ``madvise(MADV_POPULATE_READ/WRITE)``.  It is the kernel's own faulting-in: it sleeps
+- *slow GUP* is ``madvise(MADV_POPULATE_READ/WRITE)``.  It is the kernel's own faulting-in: it
+sleeps
   in userfaultfd, fails with the errno that GUP would fail with, and checks the protection.
 - *fast GUP* must neither sleep nor fault anything in: it succeeds if the page is in our page tables
-  (``/proc/self/pagemap``, bit 63) *and* the access is allowed.  A ``PROT_NONE`` page still counts as
-  present there, so the protection is checked by a populate of a page that needs no populating.
+  (``/proc/self/pagemap``, bit 63) *and* the access is allowed.  A ``PROT_NONE`` page still counts
+  as present there, so the protection is checked by a populate of a page that needs no populating.
   Between the two the host might take the page, and the populate would bring it back: so fast GUP
   and invalidations exclude each other, as they do in the kernel, where fast GUP runs with
   interrupts off and whoever takes a page must interrupt every processor first.
@@ -56,7 +57,8 @@ class HostMm:
 
     def __init__(self) -> None:
         self._pagemap = Pagemap()
-        self._lock = threading.Lock()
+        # Reentrant: the first populate that fails tries a mapping of its own, and unmaps it again.
+        self._lock = threading.RLock()
         self._being_taken: list[tuple[int, int]] = []
         mmu_notifier.register(self)
         self._closed = False
@@ -78,9 +80,12 @@ class HostMm:
             entry = self._pagemap.entry(page)
             if not entry & PM_PRESENT or (write and entry & PM_UFFD_WP):
                 return False
-            if any(start < page + PAGE_SIZE and page < end for start, end in self._being_taken):
+            if self._being_taken and self._is_being_taken(page):
                 return False
             return (populate_write if write else populate_read)(page, PAGE_SIZE) == 0
+
+    def _is_being_taken(self, page: int) -> bool:
+        return any(start < page + PAGE_SIZE and page < end for start, end in self._being_taken)
 
     def get_user_pages_unlocked(self, hva: int, write: bool) -> int:
         """See :meth:`Mm.get_user_pages_unlocked`."""

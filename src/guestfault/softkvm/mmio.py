@@ -1,11 +1,11 @@
 """Instructions that access a device: performed by KVM, answered by userspace.
 
-The kernel decodes such an instruction and carries it out itself.  We let the processor carry it out,
-one single step with a *device window* where the missing memory would be, and watch:
+The kernel decodes such an instruction and carries it out itself.  We let the processor carry it
+out, one single step with a *device window* where the missing memory would be, and watch:
 
 - A read that userspace has not answered yet abandons the step: the registers go back to where they
-  were, and KVM_EXIT_MMIO asks for the data.  The next KVM_RUN repeats the step with the answer.  RIP
-  is still on the instruction when userspace sees the exit.
+  were, and KVM_EXIT_MMIO asks for the data.  The next KVM_RUN repeats the step with the answer.
+  RIP is still on the instruction when userspace sees the exit.
 - Writes are collected while the instruction completes, and handed to userspace afterwards, at most
   eight bytes at a time (KVM calls them fragments).  RIP is past the instruction by then.
 """
@@ -30,9 +30,9 @@ class DeviceAccesses:
     """What one instruction does to devices, seen access by access.
 
     Unicorn hands the window an access in pieces: of four bytes at most, of one if it is not
-    aligned, and with neighbours that nobody asked for if it is a read.  Its access hook, called just
-    before the first piece, says what the access was.  An access is made of *fragments*, as in the
-    kernel: the part of it in one page, at most eight bytes.
+    aligned, and with neighbours that nobody asked for if it is a read.  Its access hook, called
+    just before the first piece, says what the access was.  An access is made of *fragments*, as in
+    the kernel: the part of it in one page, at most eight bytes.
     """
 
     def __init__(self) -> None:

@@ -5,8 +5,8 @@ This is the part of ``arch/x86/kvm/mmu/mmu.c`` that the seed thread argues about
 :func:`kvm_handle_error_pfn` ends in the -EFAULT, annotated or bare, :func:`direct_map` installs the
 entry.
 
-The race with an invalidation is Linux's ``mmu_invalidate_seq``: a fault notes the sequence, looks the
-page up without the lock, takes the lock, and starts again if something was zapped in between.
+The race with an invalidation is Linux's ``mmu_invalidate_seq``: a fault notes the sequence, looks
+the page up without the lock, takes the lock, and starts again if something was zapped in between.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import errno
 from dataclasses import dataclass
 
 from guestfault.dialect.interface import EHWPOISON
-from guestfault.dialect.record import Site
 from guestfault.softkvm.efault import kvm_handle_efault
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.memslots import KvmMemorySlot
@@ -36,7 +35,7 @@ __all__ = ["KvmPageFault", "RetPf", "kvm_mmu_do_page_fault"]
 
 
 class RetPf(enum.IntEnum):
-    """``RET_PF_*`` of arch/x86/kvm/mmu/mmu_internal.h: all >= 0, so that -errno fits beside them."""
+    """``RET_PF_*`` of arch/x86/kvm/mmu/mmu_internal.h: all >= 0, so -errno fits beside them."""
 
     CONTINUE = 0
     RETRY = 1
@@ -116,9 +115,8 @@ def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """Find the host page behind the fault's gfn, or say why there is none."""
     if fault.slot is None:
         return kvm_handle_noslot_fault(fault)
-    missing = vcpu.kvm.dialect.missing
     # Exit as soon as fast GUP fails, rather than sleep in slow GUP: what the slot's flag asks for.
-    atomic = missing is not None and bool(fault.slot.flags & missing.slot_flag)
+    atomic = fault.slot.flags & vcpu.kvm.missing_flag != 0
     fault.pfn, fault.map_writable = gfn_to_pfn_memslot(
         vcpu.kvm.mm, fault.slot, fault.gfn, atomic=atomic, write_fault=fault.write
     )
@@ -144,12 +142,11 @@ def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         # The kernel sends SIGBUS (BUS_MCEERR_AR) to the thread and retries.  We cannot raise a
         # signal on behalf of memory that this very thread would then have to survive touching.
         return -EHWPOISON
-    dialect = vcpu.kvm.dialect
-    if Site.HANDLE_ERROR_PFN in dialect.annotated:
+    kvm = vcpu.kvm
+    if kvm.annotates_error_pfn:
         assert fault.slot is not None
-        missing = dialect.missing
-        asked = missing is not None and fault.slot.flags & missing.slot_flag
-        flags = dialect.flag_missing if asked else dialect.flag_unknown
+        asked = fault.slot.flags & kvm.missing_flag
+        flags = kvm.dialect.flag_missing if asked else kvm.dialect.flag_unknown
         return kvm_handle_efault(vcpu, fault.gfn << 12, PAGE_SIZE, flags)
     return -errno.EFAULT
 

@@ -1,4 +1,4 @@
-"""From a guest frame number to host memory that is there: ``virt/kvm/kvm_main.c``'s part of a fault.
+"""From a guest frame number to host memory that is there: the part of ``virt/kvm/kvm_main.c``.
 
 :func:`hva_to_pfn` is where the series' whole trick lies: called ``atomic``, it gives up as soon as
 fast GUP fails, where otherwise it would sleep in slow GUP until somebody resolves the page.

@@ -1,10 +1,10 @@
-"""The second-stage table: which guest frames the vCPUs may touch, and the rule for taking that back.
+"""The second-stage table: which guest frames the vCPUs may touch, and how that is taken back.
 
-One dictionary per VM, gfn -> entry: the host page's address, and rights in its low bits.  An entry is
-there only after :func:`~guestfault.softkvm.mmu.kvm_mmu_do_page_fault` has put it there, and goes when
-the host's mapping changes: the kernel hears of that from its mmu_notifiers, we from
-:mod:`guestfault.linux.mmu_notifier`.  Between an invalidation's start and its end no fault may install
-anything, and one that began before must look again.
+One dictionary per VM, gfn -> entry: the host page's address, and rights in its low bits.  An entry
+is there only after :func:`~guestfault.softkvm.mmu.kvm_mmu_do_page_fault` has put it there, and goes
+when the host's mapping changes: the kernel hears of that from its mmu_notifiers, we from
+:mod:`guestfault.linux.mmu_notifier`.  Between an invalidation's start and its end no fault may
+install anything, and one that began before must look again.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class SoftVcpu:
             if self.arch.thread is not None:
                 kvm_make_request(self.arch, Request.SIGNAL)
 
-    # -- the processor's questions: KVM answers outside guest mode ----------------------------------
+    # -- the processor's questions: KVM answers outside guest mode ---------------------------------
 
     def _on_tlb_miss(self, gva: int, access: int) -> tuple[int, int] | None:
         vcpu = self.arch
@@ -120,7 +120,7 @@ class SoftVcpu:
         # Whoever made a request saw us outside guest mode, and will not stop us.
         return None if vcpu.requests else code
 
-    # -- registers ------------------------------------------------------------------------------------
+    # -- registers ---------------------------------------------------------------------------------
 
     def get_regs(self) -> uapi.kvm_regs:
         """``KVM_GET_REGS``."""

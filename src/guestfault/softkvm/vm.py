@@ -101,7 +101,7 @@ class SoftVm:
         for vcpu in list(self._vcpus.values()):
             kvm_make_request(vcpu.arch, Request.TLB_FLUSH)
 
-    # -- the host's mmu_notifier ---------------------------------------------------------------------
+    # -- the host's mmu_notifier -------------------------------------------------------------------
 
     def invalidate_range_start(self, start: int, end: int) -> None:
         """The host is about to take pages away: see to it that no vCPU can touch them."""

@@ -1,8 +1,8 @@
 """The virtual machine control block: how a guest's state gets into the software processor.
 
-The Unicorn engine emulates AMD's SVM.  Its own register interface cannot set a segment's base, limit
-or rights, nor the privilege level; the VMRUN instruction can, from a VMCB.  So the software KVM does
-what kvm_amd does: it fills a VMCB, runs VMLOAD and VMRUN, and is told of the intercepted
+The Unicorn engine emulates AMD's SVM.  Its own register interface cannot set a segment's base,
+limit or rights, nor the privilege level; the VMRUN instruction can, from a VMCB.  So the software
+KVM does what kvm_amd does: it fills a VMCB, runs VMLOAD and VMRUN, and is told of the intercepted
 instructions as #VMEXIT codes.  (AMD64 Architecture Programmer's Manual, volume 2, appendix B, C.)
 """
 

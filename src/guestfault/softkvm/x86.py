@@ -2,8 +2,8 @@
 
 :func:`kvm_arch_vcpu_ioctl_run` completes what userspace was asked for, looks at ``immediate_exit``,
 and hands over to :func:`vcpu_run`, which enters the guest again and again.  Every handler speaks
-KVM's convention: 1 resumes the guest, 0 exits to userspace with ``kvm_run`` filled, a negative errno
-is what KVM_RUN fails with.
+KVM's convention: 1 resumes the guest, 0 exits to userspace with ``kvm_run`` filled, a negative
+errno is what KVM_RUN fails with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from guestfault.softkvm import exceptions
-from guestfault.softkvm.cpu import Stop, StopKind
+from guestfault.softkvm.cpu import REFUSED, Stop, StopKind
 from guestfault.softkvm.emulate import emulate_intercept, emulate_planted
 from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
@@ -83,10 +83,10 @@ def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
     else:
         # What is granted to the processor's own accesses is for one instruction only.
         stop = vcpu.enter_guest(cpu.step)
-        if stop.kind is not StopKind.REFUSED:
+        if stop is not REFUSED:
             vcpu.system_page = None
     vcpu.stat.exits += 1
-    if stop.kind is StopKind.REFUSED:
+    if stop is REFUSED:
         return _after(vcpu, devices, refine(vcpu, vcpu.refusal))
     if stop.kind in (StopKind.REQUESTED, StopKind.STEPPED):
         return 1

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guestfault.dialect.interface import probe
-from guestfault.dialect.published import missing_flag
 from guestfault.errors import Unavailable
 from guestfault.kvm.protocols import System
 from guestfault.kvm.system import KvmSystem
 from guestfault.softkvm.system import SoftSystem
-from guestfault.vmm.session import Mode
 
 __all__ = ["KVMS", "Choice", "choose"]
 
@@ -26,8 +23,8 @@ class Choice:
     why: str = ""
 
 
-def choose(kvm: str, dialect: str | None, mode: Mode) -> Choice:
-    """Open the KVM that was asked for, or for ``auto`` the one that can do ``mode``.
+def choose(kvm: str, dialect: str | None) -> Choice:
+    """Open the KVM that was asked for; for ``auto`` the real one, if it is usable.
 
     ``dialect`` is one of the software KVM's and so asks for it.  Raises
     :class:`~guestfault.errors.Unavailable` for a KVM or dialect that is not to be had.
@@ -47,17 +44,4 @@ def choose(kvm: str, dialect: str | None, mode: Mode) -> Choice:
     except Unavailable as error:
         why = f"no real KVM here ({error.what}: {error.why})"
         return Choice(SoftSystem(DEFAULT_DIALECT), why)
-    if mode is Mode.UFFD or _names_missing_pages(system):
-        return Choice(system, "it is usable and can do this mode")
-    system.close()
-    why = f"{system.name} does not say which access to ordinary memory failed"
-    return Choice(SoftSystem(DEFAULT_DIALECT), why)
-
-
-def _names_missing_pages(system: KvmSystem) -> bool:
-    """Whether ordinary memory of its VMs can ask for an annotated exit on a missing page."""
-    vm = system.create_vm()
-    try:
-        return missing_flag(probe(vm.check_extension), vm.check_extension) is not None
-    finally:
-        vm.close()
+    return Choice(system, "it is there and usable")

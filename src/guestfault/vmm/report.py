@@ -35,6 +35,10 @@ class VcpuReport:
     vcpu: int
     annotated: int
     bare: int
+    by_tracepoint: int
+    by_decode: int
+    unsure: int
+    silent: int
     ram_mmio: int
     again: int
     done: bool
@@ -86,6 +90,10 @@ def report(session: Session, seconds: float) -> Report:
                 vcpu=i,
                 annotated=account.annotated,
                 bare=account.bare,
+                by_tracepoint=account.by_tracepoint,
+                by_decode=account.by_decode,
+                unsure=account.unsure,
+                silent=account.silent,
                 ram_mmio=account.ram_mmio,
                 again=account.again,
                 done=loop.console.done,

@@ -20,8 +20,12 @@ from typing import Self
 from guestfault.dialect.interface import MemoryFaultInterface, probe
 from guestfault.dialect.published import missing_flag
 from guestfault.errors import GuestfaultError, Unavailable
+from guestfault.fault.locate.chain import Locators
+from guestfault.fault.locate.decode import DecodeLocator
+from guestfault.fault.locate.host_view import HostView
+from guestfault.fault.locate.residency import HostResidency
 from guestfault.guest.snapshot import Snapshot
-from guestfault.kvm.protocols import System, Vm
+from guestfault.kvm.protocols import System, Vcpu, Vm
 from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
@@ -31,6 +35,7 @@ from guestfault.paging.pager import Pager
 from guestfault.paging.resolver import FaultResolver
 from guestfault.paging.source.base import PageSource
 from guestfault.uapi import kvm as uapi
+from guestfault.vmm.arming import TracepointArming
 from guestfault.vmm.eager import bring_in_eagerly
 from guestfault.vmm.vcpu_loop import VcpuLoop
 
@@ -50,12 +55,19 @@ class Session:
     """One VM of ``snapshot`` on ``system``, its pages brought in from ``source``.
 
     The session takes the source's bytes to be the snapshot's memory and leaves both, and the
-    system, to be closed by the caller.  Raises :class:`~guestfault.errors.Unavailable` if this
-    machine cannot do ``mode``.
+    system, to be closed by the caller.  With ``locate`` a bare failure is named by the locators;
+    without it the kernel's word is all there is, and a bare failure stops the session.  Raises
+    :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode``.
     """
 
     def __init__(
-        self, system: System, snapshot: Snapshot, source: PageSource, mode: Mode = Mode.EXIT
+        self,
+        system: System,
+        snapshot: Snapshot,
+        source: PageSource,
+        mode: Mode = Mode.EXIT,
+        *,
+        locate: bool = True,
     ) -> None:
         self.began = time.monotonic()
         self.system = system
@@ -68,12 +80,12 @@ class Session:
         self.failure: GuestfaultError | None = None
         self.failed_vcpu: VcpuLoop | None = None  # the one that the failure stopped, if known
         try:
-            self._build(source)
+            self._build(source, locate)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, source: PageSource) -> None:
+    def _build(self, source: PageSource, locate: bool) -> None:
         self.ram = GuestRam(self.snapshot.memory_size)
         self._undo.append(self.ram.close)
         self._require_vcpus(len(self.snapshot.vcpus))
@@ -102,12 +114,29 @@ class Session:
             vcpu = vm.create_vcpu(vcpu_id)
             vcpu.set_sregs(state.sregs)
             vcpu.set_regs(state.regs)
-            resolver = FaultResolver(vcpu, self.pager, self.slots)
-            loop = VcpuLoop(vcpu, self.interface, self.slots, resolver, lambda: self._stopping)
-            self.vcpus.append(loop)
+            self.vcpus.append(self._loop(vcpu, locate and self.mode is Mode.EXIT))
         self.eager_pages = 0
         if not isinstance(self.view, Unpopulated):
             self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
+
+    def _loop(self, vcpu: Vcpu, locate: bool) -> VcpuLoop:
+        resolver = FaultResolver(vcpu, self.pager, self.slots)
+        locators = arming = None
+        if locate:
+            residency = HostResidency(registered=isinstance(self.view, Registered))
+            self._undo.append(residency.close)
+            memory = HostView(self.slots, self.ram, self.pager.is_in)
+            locators = Locators(vcpu, self.slots, DecodeLocator(self.slots, memory, residency))
+            arming = TracepointArming(self.system, vcpu, self.slots, locators)
+        return VcpuLoop(
+            vcpu,
+            self.interface,
+            self.slots,
+            resolver,
+            lambda: self._stopping,
+            locators,
+            arming,
+        )
 
     def _require_vcpus(self, count: int) -> None:
         limit = self.system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
@@ -152,6 +181,7 @@ class Session:
                 thread.start()
             while not self._stopping and (alive := self._alive()):
                 alive[0].join(interval)
+                self._kick_those_who_stand_still()
                 if watch is not None:
                     watch()
         finally:
@@ -165,6 +195,17 @@ class Session:
         self._stopping = True
         for loop in self.vcpus:
             loop.vcpu.kick()
+
+    def _kick_those_who_stand_still(self) -> None:
+        """Where failed accesses come back, a vCPU that does not may be waiting for one that won't.
+
+        In uffd mode a vCPU sleeps for as long as its source takes, and nothing is wrong.
+        """
+        if self.mode is Mode.EXIT:
+            now = time.monotonic()
+            for loop in self.vcpus:
+                if loop.watchdog.overdue(now):
+                    loop.vcpu.kick()
 
     def _alive(self) -> list[threading.Thread]:
         return [thread for thread in self._threads.values() if thread.is_alive()]

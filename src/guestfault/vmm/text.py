@@ -19,6 +19,8 @@ def as_text(r: Report) -> str:
     ]
     if r.latency.max:
         rows.append(("latency", _latency(r.latency)))
+    if any(v.bare for v in r.vcpus):
+        rows.append(("named by", _named(r)))
     rows += [(f"vCPU {v.vcpu}", _vcpu(v)) for v in r.vcpus]
     if r.memory_right is not None:
         rows.append(("memory", "as expected" if r.memory_right else "NOT as expected"))
@@ -36,6 +38,7 @@ def _faults(r: Report) -> str:
     kinds = [
         (sum(v.annotated for v in r.vcpus), "annotated"),
         (sum(v.bare for v in r.vcpus), "bare"),
+        (sum(v.silent for v in r.vcpus), "without an exit"),
         (sum(v.ram_mmio for v in r.vcpus), "as MMIO on RAM"),
         (r.userfaults, "through userfaultfd"),
     ]
@@ -53,6 +56,16 @@ def _latency(latency: Latency) -> str:
         ("max", latency.max),
     )
     return ", ".join(f"{name} {_us(ns)}" for name, ns in figures)
+
+
+def _named(r: Report) -> str:
+    kinds = [
+        (sum(v.by_tracepoint for v in r.vcpus), "the tracepoints"),
+        (sum(v.by_decode for v in r.vcpus), "decoding the instruction"),
+    ]
+    text = ", ".join(f"{kind} {n}" for n, kind in kinds if n) or "nobody"
+    unsure = sum(v.unsure for v in r.vcpus)
+    return f"{text}; {unsure} with more than one in question" if unsure else text
 
 
 def _vcpu(v: VcpuReport) -> str:

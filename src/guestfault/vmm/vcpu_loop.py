@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.errors import GuestfaultError
+from guestfault.fault.locate.chain import Locators
 from guestfault.fault.outcome import (
     BareFault,
     Hlt,
@@ -21,6 +22,8 @@ from guestfault.fault.outcome import (
 from guestfault.kvm.protocols import Vcpu
 from guestfault.memory.slots import SlotMap
 from guestfault.paging.resolver import FaultResolver
+from guestfault.paging.watchdog import Watchdog
+from guestfault.vmm.arming import TracepointArming
 from guestfault.vmm.console import GuestConsole
 from guestfault.vmm.errors import GuestStoppedError, UnlocatedFaultError
 
@@ -31,7 +34,7 @@ class VcpuLoop:
     """Runs one vCPU until the guest is done, someone stops it, or it cannot go on.
 
     ``stopping`` is asked after every interruption: with it, a failed access too is an effect of the
-    stop and not a fault.
+    stop and not a fault.  Without ``locators`` a bare failure stays without a name, and stops it.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class VcpuLoop:
         slots: SlotMap,
         resolver: FaultResolver,
         stopping: Callable[[], bool],
+        locators: Locators | None = None,
+        arming: TracepointArming | None = None,
     ) -> None:
         self.vcpu = vcpu
         self.resolver = resolver
@@ -49,7 +54,10 @@ class VcpuLoop:
         self._interface = interface
         self._slots = slots
         self._stopping = stopping
+        self._locators = locators
+        self._arming = arming
         self._unanswered: RamMmio | None = None
+        self.watchdog = Watchdog()
 
     def run(self) -> bool:
         """Run the vCPU; whether its guest is done.
@@ -66,6 +74,9 @@ class VcpuLoop:
                 self._once()
         except GuestfaultError as error:
             self.error = error
+        finally:
+            if self._arming is not None:
+                self._arming.disarm()
         return self.console.done
 
     def _once(self) -> None:
@@ -74,7 +85,9 @@ class VcpuLoop:
             # The next KVM_RUN takes what stands in kvm_run.mmio for the answer, whatever it is.
             self.resolver.resolve_ram_mmio(self._unanswered)
             self._unanswered = None
+        self.watchdog.entering()
         ret = vcpu.run()
+        self.watchdog.left()
         match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot):
             case MemoryFault() as fault:
                 if not self._stopping():
@@ -83,16 +96,14 @@ class VcpuLoop:
                 self._unanswered = exit_
             case Io() as io:
                 self.resolver.guard.progress()
+                self.watchdog.progress()
                 self._port_io(io)
             case Interrupted():
-                pass
-            case BareFault(errno):
                 if not self._stopping():
-                    self.resolver.account.bare += 1
-                    name = _errno.errorcode.get(errno, "EHWPOISON")
-                    why = f"KVM_RUN failed with a bare -{name}: this KVM does not say"
-                    why += " which access it was; use --mode uffd"
-                    raise UnlocatedFaultError(vcpu.vcpu_id, self.rip, errno, why)
+                    self._look_for_progress()
+            case BareFault() as bare:
+                if not self._stopping():
+                    self._bare(bare)
             case Shutdown():
                 self._stop("the guest shut down (a triple fault)")
             case Hlt():
@@ -104,6 +115,25 @@ class VcpuLoop:
                 self._stop(f"KVM internal error, suberror {suberror}{code}")
             case other:
                 self._stop(f"KVM_RUN ended with {other}, which a built-in guest never causes")
+
+    def _bare(self, fault: BareFault) -> None:
+        if self._locators is None:
+            self.resolver.account.bare += 1
+            name = _errno.errorcode.get(fault.errno, "EHWPOISON")
+            why = f"KVM_RUN failed with a bare -{name}: this KVM does not say which access it was"
+            why += "; use --locate all, or --mode uffd"
+            raise UnlocatedFaultError(self.vcpu.vcpu_id, self.rip, fault.errno, why)
+        if self._arming is not None:
+            self._arming.bare_fault()
+        self.resolver.resolve_bare(fault, self._locators.locate(fault))
+
+    def _look_for_progress(self) -> None:
+        """After a kick of the watchdog's: is the vCPU waiting for a page without saying so?"""
+        if self._locators is None or not self.watchdog.stands_still(self.rip):
+            return
+        access = self._locators.standing_at()
+        if access is not None:
+            self.resolver.resolve_silent(access)
 
     def _port_io(self, io: Io) -> None:
         data = bytes(self.vcpu.run_area[io.data_offset : io.data_offset + io.size * io.count])

@@ -45,7 +45,8 @@ class Locators:
         self._vcpu = vcpu
         self._slots = slots
         self._decode = decode
-        self._tracepoint = tracepoint
+        self.tracepoint = tracepoint
+        """Can be set later, by the vCPU's thread: arming it pays only for many faults."""
 
     def locate(self, outcome: Outcome) -> tuple[Access, ...]:
         """The access behind the outcome of the last run, best candidate first.
@@ -57,10 +58,18 @@ class Locators:
             case MemoryFault():
                 return (from_annotation(outcome, self._slots),)
             case BareFault(errno):
-                recorded = self._tracepoint() if self._tracepoint is not None else None
-                if recorded is not None:
+                recorded = self.tracepoint() if self.tracepoint is not None else None
+                if recorded is not None and recorded.gpa is not None:
                     return (recorded,)
                 return self._decode.locate(self._vcpu.get_regs(), self._vcpu.get_sregs(), errno)
             case RamMmio():
                 return (from_mmio(outcome, self._slots),)
         return ()
+
+    def standing_at(self) -> Access | None:
+        """What a vCPU that makes no progress, and has not failed either, cannot have; or ``None``.
+
+        Only a certainty counts: a guest may stand on one instruction for as long as it likes.
+        """
+        best = self._decode.locate(self._vcpu.get_regs(), self._vcpu.get_sregs())[0]
+        return best if best.certain else None
