@@ -86,6 +86,7 @@ class Bare:
         self.uc.mem_map(0, RAM_SIZE)
 
     def run(self, code: bytes, count: int) -> float:
+        """Seconds that the code takes, with a count in RCX."""
         self.uc.mem_write(CODE, code)
         self.uc.ctl_flush_tb()
         self.uc.reg_write(ux.UC_X86_REG_RDI, DATA)
@@ -95,6 +96,7 @@ class Bare:
         return time.perf_counter() - begin
 
     def fault(self) -> list[float]:
+        """Seconds for each absent page."""
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         uc.mem_map(0, RAM_SIZE)
         uc.mem_write(CODE, TOUCH)
@@ -149,12 +151,14 @@ class Soft:
         self.view.bring_in(0, DATA)
 
     def start(self, code: bytes, count: int) -> None:
+        """Load the code, with a count in RCX."""
         self.ram.guest.discard(CODE, PAGE_SIZE)
         self.ram.bytes[CODE : CODE + len(code)] = code
         self.view.bring_in(CODE, PAGE_SIZE)
         self.vcpu.set_regs(uapi.kvm_regs(rip=CODE, rflags=0x3002, rdi=DATA, rcx=count))
 
     def run(self, code: bytes, count: int) -> float:
+        """Seconds that the code takes."""
         self.view.bring_in(DATA, RAM_SIZE - DATA)
         self.start(code, count)
         begin = time.perf_counter()
@@ -163,6 +167,7 @@ class Soft:
         return time.perf_counter() - begin
 
     def fault(self, source: mmap.mmap) -> list[float]:
+        """Seconds for each absent page, filled from ``source``."""
         self.ram.guest.discard(DATA, RAM_SIZE - DATA)
         self.start(TOUCH, FAULTS)
         vcpu, host, bring_in = self.vcpu, self.ram.bytes, self.view.bring_in
@@ -185,6 +190,7 @@ class Soft:
         return times
 
     def close(self) -> None:
+        """Release all of it."""
         self.vm.close()
         self.system.close()
         self.ram.close()

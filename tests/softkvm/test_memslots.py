@@ -46,10 +46,9 @@ class Model:
             if not same_backing or (old["flags"] ^ flags) & uapi.KVM_MEM_READONLY:
                 return -errno.EINVAL
         mine = set(range(gpa, gpa + size, PAGE))
-        if any(mine & one["pages"] for name, one in self.slots.items() if name != slot):
-            # The kernel looks for an overlap only if something changes.
-            if old is None or old["gpa"] != gpa or old["flags"] != flags:
-                return -errno.EEXIST
+        rivals = (one for name, one in self.slots.items() if name != slot)
+        if any(mine & one["pages"] for one in rivals):
+            return -errno.EEXIST
         self.slots[slot] = {"gpa": gpa, "size": size, "hva": hva, "flags": flags, "pages": mine}
         return 0
 

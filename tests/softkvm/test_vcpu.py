@@ -1,6 +1,7 @@
 """A vCPU as its owner sees it: registers, modes, exits that nobody asked for, kicks."""
 
 import errno
+import itertools
 import random
 import struct
 import threading
@@ -44,7 +45,7 @@ def test_all_general_registers_reach_the_guest(start):
     number = {"rax": 0, "rcx": 1, "rdx": 2, "rbx": 3, "rbp": 5, "rsi": 6, "rdi": 7}
     number |= {f"r{i}": i for i in range(8, 16)}
     code = b""
-    for source, to in zip(order, order[1:], strict=False):
+    for source, to in itertools.pairwise(order):
         s, t = number[source], number[to]
         code += bytes([0x48 | (s >> 3) << 2 | t >> 3, 0x01, 0xC0 | (s & 7) << 3 | t & 7])
     values = {name: 1 << i for i, name in enumerate(order)}

@@ -61,7 +61,7 @@ def test_the_log_loses_no_write_of_vcpus_that_run_meanwhile(soft, background):
     second = machine.add_vcpu(1, rdi=DATA + pages * PAGE)
     runs = [background(machine.run), background(machine.run, second)]
     gpas = [DATA + i * PAGE for i in range(2 * pages)]
-    seen = {gpa: 0 for gpa in gpas}
+    seen = dict.fromkeys(gpas, 0)
     for _ in range(60):
         logged = dirty_pages(machine.vm.get_dirty_log(0))
         for gpa in gpas:

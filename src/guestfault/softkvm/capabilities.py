@@ -1,4 +1,4 @@
-"""What ``KVM_CHECK_EXTENSION`` answers in software: what all have, and what sets a dialect apart."""
+"""What ``KVM_CHECK_EXTENSION`` answers in software: common to all dialects, and each one's own."""
 
 from __future__ import annotations
 

@@ -65,8 +65,9 @@ _EFER_SVME = 1 << 12
 _VMEXIT = 0x100  # Unicorn reports a #VMEXIT as interrupt number 0x100 + code
 
 GPRS = (
-    *["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip"],
-    "rflags",
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+    *(f"r{i}" for i in range(8, 16)),
+    *("rip", "rflags"),
 )
 """The general registers, in the order of ``struct kvm_regs``."""
 _GPR_IDS = {name: getattr(ux, f"UC_X86_REG_{name.upper()}") for name in GPRS}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.errors import GuestfaultError
+from guestfault.fault.access import Access
 from guestfault.fault.locate.chain import Locators
 from guestfault.fault.outcome import (
     BareFault,
@@ -21,6 +22,7 @@ from guestfault.fault.outcome import (
 )
 from guestfault.kvm.protocols import Vcpu
 from guestfault.memory.slots import SlotMap
+from guestfault.paging.guard import FaultLoopError
 from guestfault.paging.resolver import FaultResolver
 from guestfault.paging.watchdog import Watchdog
 from guestfault.vmm.arming import TracepointArming
@@ -57,6 +59,7 @@ class VcpuLoop:
         self._locators = locators
         self._arming = arming
         self._unanswered: RamMmio | None = None
+        self._silent: tuple[int, Access] | None = None
         self.watchdog = Watchdog()
 
     def run(self) -> bool:
@@ -67,8 +70,7 @@ class VcpuLoop:
         is answered then.
         """
         self.error = None
-        # What stopped it last may have been mended: nothing has failed in a row yet.
-        self.resolver.guard.progress()
+        self._got_on()  # what stopped it last may have been mended
         try:
             while not self.console.done and not self._stopping():
                 self._once()
@@ -95,8 +97,7 @@ class VcpuLoop:
             case RamMmio() as exit_:
                 self._unanswered = exit_
             case Io() as io:
-                self.resolver.guard.progress()
-                self.watchdog.progress()
+                self._got_on()
                 self._port_io(io)
             case Interrupted():
                 if not self._stopping():
@@ -116,6 +117,12 @@ class VcpuLoop:
             case other:
                 self._stop(f"KVM_RUN ended with {other}, which a built-in guest never causes")
 
+    def _got_on(self) -> None:
+        """The vCPU left KVM_RUN for another reason than a failed access."""
+        self.resolver.guard.progress()
+        self.watchdog.progress()
+        self._silent = None
+
     def _bare(self, fault: BareFault) -> None:
         if self._locators is None:
             self.resolver.account.bare += 1
@@ -129,11 +136,17 @@ class VcpuLoop:
 
     def _look_for_progress(self) -> None:
         """After a kick of the watchdog's: is the vCPU waiting for a page without saying so?"""
-        if self._locators is None or not self.watchdog.stands_still(self.rip):
+        rip = self.rip
+        if self._locators is None or not self.watchdog.stands_still(rip):
             return
         access = self._locators.standing_at()
         if access is not None:
             self.resolver.resolve_silent(access)
+            self.watchdog.progress()
+            self._silent = rip, access
+        elif self._silent is not None and self._silent[0] == rip:
+            # The page that it waited for is there, and still it stands where it stood.
+            raise FaultLoopError(self.vcpu.vcpu_id, self._silent[1], rip, 2, "no exit was made")
 
     def _port_io(self, io: Io) -> None:
         data = bytes(self.vcpu.run_area[io.data_offset : io.data_offset + io.size * io.count])
