@@ -4,8 +4,7 @@ The software KVM runs on the real memory of its own process.  What the kernel de
 tables in hand, we ask the kernel to decide:
 
 - *slow GUP* is ``madvise(MADV_POPULATE_READ/WRITE)``.  It is the kernel's own faulting-in: it
-sleeps
-  in userfaultfd, fails with the errno that GUP would fail with, and checks the protection.
+  sleeps in userfaultfd, fails with the errno that GUP would fail with, and checks the protection.
 - *fast GUP* must neither sleep nor fault anything in: it succeeds if the page is in our page tables
   (``/proc/self/pagemap``, bit 63) *and* the access is allowed.  A ``PROT_NONE`` page still counts
   as present there, so the protection is checked by a populate of a page that needs no populating.
@@ -20,6 +19,7 @@ All of it is behind :class:`Mm`, so that a modelled memory can take the real one
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from guestfault.uapi.mman import PM_PRESENT, PM_UFFD_WP
 __all__ = ["HostMm", "Mm"]
 
 PAGE_SIZE = 4096
+_PRESENT, _UFFD_WP = PM_PRESENT >> 56, PM_UFFD_WP >> 56
 
 
 class Mm(Protocol):
@@ -77,8 +78,9 @@ class HostMm:
         """See :meth:`Mm.get_user_page_fast_only`."""
         page = hva & -PAGE_SIZE
         with self._lock:
-            entry = self._pagemap.entry(page)
-            if not entry & PM_PRESENT or (write and entry & PM_UFFD_WP):
+            # The flags are in the entry's last byte; past the address space there is no entry.
+            flags = os.pread(self._pagemap.fd, 8, page // PAGE_SIZE * 8)[7:]
+            if not flags or not flags[0] & _PRESENT or (write and flags[0] & _UFFD_WP):
                 return False
             if self._being_taken and self._is_being_taken(page):
                 return False

@@ -29,7 +29,7 @@ from guestfault.softkvm.pfn import (
 )
 from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE
 from guestfault.uapi import kvm as uapi
-from guestfault.x86.registers import PFERR_FETCH_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK
+from guestfault.x86.registers import PFERR_WRITE_MASK
 
 __all__ = ["KvmPageFault", "RetPf", "kvm_mmu_do_page_fault"]
 
@@ -59,8 +59,6 @@ class KvmPageFault:
     prefetch: bool
     gfn: int
     write: bool
-    exec: bool
-    user: bool
     slot: KvmMemorySlot | None = None
     mmu_seq: int = 0
     pfn: int = KVM_PFN_NOSLOT
@@ -81,8 +79,6 @@ def kvm_mmu_do_page_fault(
         prefetch,
         cr2_or_gpa >> 12,
         error_code & PFERR_WRITE_MASK != 0,
-        error_code & PFERR_FETCH_MASK != 0,
-        error_code & PFERR_USER_MASK != 0,
     )
     if not prefetch:
         vcpu.stat.pf_taken += 1
