@@ -15,8 +15,9 @@ class FaultAccount:
 
     ``annotated``: KVM_EXIT_MEMORY_FAULT.  ``bare``: an errno and nothing else; of these,
     ``by_tracepoint`` and ``by_decode`` are those that were named so, ``unsure`` those for which
-    more than one access was in question.  ``ram_mmio``: KVM_EXIT_MMIO on RAM.  ``silent``: no exit
-    at all, found by the watchdog.  ``userfault``: an event of a userfaultfd.  ``again``: of all
+    more than one access was in question.  ``ram_mmio``: KVM_EXIT_MMIO on RAM.  ``fetches``:
+    KVM_EXIT_INTERNAL_ERROR, because KVM's emulator could not fetch.  ``silent``: no exit at all,
+    found by the watchdog.  ``userfault``: an event of a userfaultfd.  ``again``: of all
     these, those whose page was in already when they were looked at, because another vCPU had asked
     for it too.  ``latency``: nanoseconds from the exit (or event) to the page being in.
     """
@@ -27,6 +28,7 @@ class FaultAccount:
     by_decode: int = 0
     unsure: int = 0
     ram_mmio: int = 0
+    fetches: int = 0
     silent: int = 0
     userfault: int = 0
     again: int = 0
@@ -35,4 +37,6 @@ class FaultAccount:
     @property
     def faults(self) -> int:
         """All of them."""
-        return self.annotated + self.bare + self.ram_mmio + self.silent + self.userfault
+        return sum(
+            (self.annotated, self.bare, self.ram_mmio, self.fetches, self.silent, self.userfault)
+        )

@@ -71,6 +71,14 @@ class FaultResolver:
                 offset = other.hva - self._pager.ram.guest.address
                 self._pager.bring_in_range(offset, other.size)
 
+    def resolve_fetch(self, access: Access) -> None:
+        """Bring in code that KVM's emulator could not fetch (KVM_EXIT_INTERNAL_ERROR).
+
+        Raises as :meth:`resolve_annotated` does.
+        """
+        self.account.fetches += 1
+        self._bring_in(access, None)
+
     def resolve_silent(self, access: Access) -> None:
         """Bring in what a vCPU that stands still is waiting for, though nothing has failed.
 

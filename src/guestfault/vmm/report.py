@@ -38,6 +38,7 @@ class VcpuReport:
     by_tracepoint: int
     by_decode: int
     unsure: int
+    fetches: int
     silent: int
     ram_mmio: int
     again: int
@@ -93,6 +94,7 @@ def report(session: Session, seconds: float) -> Report:
                 by_tracepoint=account.by_tracepoint,
                 by_decode=account.by_decode,
                 unsure=account.unsure,
+                fetches=account.fetches,
                 silent=account.silent,
                 ram_mmio=account.ram_mmio,
                 again=account.again,

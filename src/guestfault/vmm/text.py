@@ -38,6 +38,7 @@ def _faults(r: Report) -> str:
     kinds = [
         (sum(v.annotated for v in r.vcpus), "annotated"),
         (sum(v.bare for v in r.vcpus), "bare"),
+        (sum(v.fetches for v in r.vcpus), "as internal errors"),
         (sum(v.silent for v in r.vcpus), "without an exit"),
         (sum(v.ram_mmio for v in r.vcpus), "as MMIO on RAM"),
         (r.userfaults, "through userfaultfd"),

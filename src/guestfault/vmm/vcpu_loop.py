@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.errors import GuestfaultError
-from guestfault.fault.access import Access
+from guestfault.fault.access import Access, AccessKind
 from guestfault.fault.locate.chain import Locators
 from guestfault.fault.outcome import (
     BareFault,
@@ -109,11 +109,8 @@ class VcpuLoop:
                 self._stop("the guest shut down (a triple fault)")
             case Hlt():
                 self._stop("the guest halted before it was done, and nothing can wake it")
-            case InternalError() if self._stopping():
-                pass  # its code or stack was shut: the instruction is still to be done
-            case InternalError(suberror, _, instruction):
-                code = f" at bytes {instruction.hex(' ')}" if instruction else ""
-                self._stop(f"KVM internal error, suberror {suberror}{code}")
+            case InternalError() as error:
+                self._internal_error(error)
             case other:
                 self._stop(f"KVM_RUN ended with {other}, which a built-in guest never causes")
 
@@ -133,6 +130,19 @@ class VcpuLoop:
         if self._arming is not None:
             self._arming.bare_fault()
         self.resolver.resolve_bare(fault, self._locators.locate(fault))
+
+    def _internal_error(self, error: InternalError) -> None:
+        """KVM's emulator gave an instruction up: perhaps because it could not fetch it."""
+        access = self._locators.standing_at() if self._locators is not None else None
+        fetch = access is not None and access.kind is AccessKind.FETCH
+        if not fetch and not self._stopping():
+            code = f" at bytes {error.instruction.hex(' ')}" if error.instruction else ""
+            self._stop(f"KVM internal error, suberror {error.suberror}{code}")
+        if access is not None and fetch and not self._stopping():
+            self.resolver.resolve_fetch(access)
+        # KVM has queued an invalid-opcode exception along with the exit
+        # (handle_emulation_failure, arch/x86/kvm/x86.c); KVM_SET_REGS takes it back.
+        self.vcpu.set_regs(self.vcpu.get_regs())
 
     def _look_for_progress(self) -> None:
         """After a kick of the watchdog's: is the vCPU waiting for a page without saying so?"""
