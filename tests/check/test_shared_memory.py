@@ -39,6 +39,7 @@ def test_a_missing_shm_is_named(tmp_path: Path) -> None:
     [
         ("always within_size advise [never] deny force\n", Status.LIMITED),
         ("always within_size [advise] never deny force\n", Status.OK),
+        ("always within_size advise never deny [force]\n", Status.LIMITED),
     ],
 )
 def test_shmem_enabled_is_the_word_in_brackets(
@@ -46,7 +47,7 @@ def test_shmem_enabled_is_the_word_in_brackets(
 ) -> None:
     finding = by_name("/", machine(tmp_path, setting, {}))["shmem_enabled"]
     assert finding.status is status
-    assert finding.detail.split(":")[0] in ("never", "advise")
+    assert finding.detail.split(":")[0] in ("never", "advise", "force")
 
 
 def test_hugetlb_pools_are_told_apart(tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ def _shmem_enabled(path: Path) -> Finding:
         mend = f"echo advise > {path} (as root)"
         detail = f"{setting[1]}: memfd pages are 4 KiB each"
         return Finding(name, Status.LIMITED, detail, mend, needed_for)
+    if setting[1] == "force":
+        # It overrides MADV_NOHUGEPAGE, by which guest RAM keeps huge pages out.
+        mend = f"echo advise > {path} (as root)"
+        detail = "force: one page filled would make 511 neighbours present, as zeros"
+        return Finding(name, Status.LIMITED, detail, mend, (*needed_for, Use.SOFTWARE_KVM))
     return Finding(name, Status.OK, setting[1], needed_for=needed_for)
 
 
