@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from guestfault.fault.outcome import InternalError, MemoryFault, Shutdown
+from guestfault.fault.outcome import InternalError, Io, MemoryFault, Shutdown
 from guestfault.x86.entries import (
     PT64_NX_MASK,
     PT_ACCESSED_MASK,
@@ -228,3 +228,40 @@ def test_an_address_of_the_device_reached_by_the_walk_is_not_read_as_zeros(soft)
     regs.rdi = 3 << 21
     machine.vcpu.set_regs(regs)
     assert isinstance(machine.run(), InternalError)
+
+
+@pytest.mark.parametrize("last", ["488b07", "ffe6"])
+def test_code_that_the_guest_has_not_come_to_is_no_fault(soft, last):
+    """The engine translates into the next page before it executes the end of this one."""
+    end = 0x9000
+    at = end - 5 - len(last) // 2
+    code = "e9" + struct.pack("<i", at - 0x8000 - 5).hex()
+    machine = soft(code, flags=4, rdi=DATA, rsi=0xA000)
+    machine.write(at, bytes.fromhex("9090909090" + last))
+    machine.write(end, bytes.fromhex(END))
+    machine.write(0xA000, bytes.fromhex(END))
+    machine.bring_in(0, end)
+    machine.bring_in(0xA000, DATA - 0xA000)
+    if last == "ffe6":  # jmp rsi: it never comes there
+        assert isinstance(machine.run(), Io)
+        return
+    assert machine.run() == absent(DATA)
+    assert machine.regs.rip == at + 5
+    machine.bring_in(DATA, 4096)
+    assert machine.run() == absent(end)
+    assert machine.regs.rip == end
+    machine.bring_in(end, 4096)
+    assert isinstance(machine.run(), Io)
+
+
+def test_an_instruction_that_goes_on_in_an_absent_page_is_a_fault_of_that_page(soft):
+    end = 0x9000
+    code = "e9" + struct.pack("<i", end - 2 - 0x8000 - 5).hex()
+    machine = soft(code, flags=4, rdi=DATA)
+    machine.write(end - 2, bytes.fromhex("488b07" + END))  # its last byte is over there
+    machine.bring_in(0, end)
+    machine.bring_in(0xA000, DATA)
+    assert machine.run() == absent(end)
+    assert machine.regs.rip == end - 2
+    machine.bring_in(end, 4096)
+    assert isinstance(machine.run(), Io)

@@ -102,6 +102,7 @@ class KvmVcpu:
         self.tables: dict[int, Table] = {}
         self.device_pages: dict[int, int] | None = None
         self.system_page: int | None = None  # linear; what the processor accesses for itself
+        self.refused_fetch: int | None = None  # linear; the TLB miss refused last was this fetch
         self.cpu: Cpu  # set by the owner of the vCPU: its hooks are functions over this structure
 
     def enter_guest(self, execute: Callable[[], Stop]) -> Stop:

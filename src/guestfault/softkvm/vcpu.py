@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from guestfault.errors import KvmError
-from guestfault.softkvm.cpu import GPRS, Cpu
+from guestfault.softkvm.cpu import GPRS, Access, Cpu
 from guestfault.softkvm.efault import vcpu_load, vcpu_put
 from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill, translate
 from guestfault.softkvm.kvm_host import (
@@ -28,6 +28,7 @@ from guestfault.x86.registers import CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR4_PAE, EF
 __all__ = ["RUN_AREA_SIZE", "SoftVcpu"]
 
 _RETRY = Retry()
+_FETCH = int(Access.FETCH)
 RUN_AREA_SIZE = 3 * 4096  # kvm_run, the port I/O page, the coalesced MMIO ring: as the kernel's
 
 
@@ -101,10 +102,12 @@ class SoftVcpu:
         vcpu.refresh_cpl()
         answer = tlb_fill(vcpu, gva, access)
         vcpu.in_guest_mode = True
-        if answer is not None and (vcpu.requests or vcpu.mapped_memslots is not vcpu.kvm.memslots):
+        if answer is None:
+            vcpu.refused_fetch = gva if access == _FETCH else None
+        elif vcpu.requests or vcpu.mapped_memslots is not vcpu.kvm.memslots:
             # The answer may be stale, for whoever made the request saw us outside guest mode, or
             # it is in a slot that the processor has not been given yet.
-            vcpu.refusal = _RETRY
+            vcpu.refusal, vcpu.refused_fetch = _RETRY, None
             return None
         return answer
 

@@ -85,6 +85,8 @@ def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
         stop = vcpu.enter_guest(cpu.step)
         if stop is not REFUSED:
             vcpu.system_page = None
+    if stop is REFUSED and _fetched_ahead(vcpu):
+        stop = vcpu.enter_guest(cpu.step)
     vcpu.stat.exits += 1
     if stop is REFUSED:
         return _after(vcpu, devices, refine(vcpu, vcpu.refusal))
@@ -93,6 +95,19 @@ def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
     # The guest has got past whatever instruction was waiting for a device's answer.
     devices.forget()
     return _handle_exit(vcpu, devices, stop)
+
+
+def _fetched_ahead(vcpu: KvmVcpu) -> bool:
+    """Whether what was refused is a fetch that the guest has not come to, and may never make.
+
+    The engine translates a block at once, into the next page if the block goes on there.  RIP is on
+    the block's first instruction then: that one is executed alone, and what it is refused is real.
+    """
+    gva = vcpu.refused_fetch
+    if gva is None or gva >> 12 == vcpu.cpu.linear_rip >> 12:
+        return False
+    vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN  # of an annotation that nobody is to see
+    return True
 
 
 def _handle_exit(vcpu: KvmVcpu, devices: DeviceAccesses, stop: Stop) -> int:
