@@ -3,7 +3,7 @@
 Run it from the repository::
 
     PYTHONPATH=src .venv/bin/python benchmarks/locate_accuracy.py [--kvm soft|kvm|all]
-        [--group NAME] [--json | --markdown] [--verbose]
+        [--group NAME] [--tracefs DIRECTORY] [--json | --markdown] [--verbose]
 
 Every form of :mod:`instruction_forms` is executed again and again, each time with exactly one
 absent page among the pages that it touches, and the decode locator is asked which access failed, as
@@ -34,9 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from guestfault.errors import Unavailable
-from guestfault.fault.access import Access
+from guestfault.fault.access import Access, AccessKind
 from guestfault.fault.locate.tracepoint import TracepointLocator, gpa_from
 from guestfault.fault.outcome import BareFault, Io, MemoryFault, Mmio, Outcome, RamMmio, Shutdown
+from guestfault.linux.tracefs import Tracefs
 from guestfault.memory.ram import PAGE_SIZE
 from instruction_forms import FORMS, GROUPS, Form
 from locate_machine import RAM_SIZE, Machine, open_machines
@@ -81,6 +82,8 @@ class Tally:
     notes: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     agreements: int = 0
+    alone: int = 0  # the tracepoint named the page, and decode was not certain
+    unrecorded: int = 0
 
     def skip(self, form: Form, ring: int, reason: str) -> None:
         """Count a form, or a page of one, that could not be run, with the reason."""
@@ -104,14 +107,16 @@ def judge(said: tuple[Access, ...], page: int) -> tuple[str, int]:
     return ("unknown" if None in pages else "missed"), 0
 
 
-def experiment(machine: Machine, forms: Iterable[Form], learned: Learned) -> Tally:
+def experiment(
+    machine: Machine, forms: Iterable[Form], learned: Learned, tracefs: Tracefs | None = None
+) -> Tally:
     """Run ``forms`` on ``machine``.
 
     ``learned`` holds which pages a form touches, by (form, ring): a software KVM fills it, a real
-    one uses it.
+    one uses it.  ``tracefs``, looked for if not given, is for the tracepoint's account.
     """
     tally = Tally(machine.system.name)
-    tracepoint = _tracepoint(machine, tally)
+    tracepoint = _tracepoint(machine, tally, tracefs)
     for form in forms:
         for ring in form.rings if form.bits == 64 else (0,):
             reason = _cannot(machine, form, ring)
@@ -225,12 +230,15 @@ def _finish(machine: Machine, seen: Outcome) -> None:
         machine.finish_io()
 
 
-def _tracepoint(machine: Machine, tally: Tally) -> TracepointLocator | None:
+def _tracepoint(
+    machine: Machine, tally: Tally, tracefs: Tracefs | None
+) -> TracepointLocator | None:
     if machine.is_soft:
         return None
     try:
+        translate = gpa_from(machine.vcpu)
         return TracepointLocator(
-            machine.system, translate=gpa_from(machine.vcpu), slots=machine.slots
+            machine.system, translate=translate, slots=machine.slots, tracefs=tracefs
         )
     except Unavailable as error:
         tally.notes.append(f"not compared with the tracepoint: {error}")
@@ -240,15 +248,33 @@ def _tracepoint(machine: Machine, tally: Tally) -> TracepointLocator | None:
 def _compare(
     machine: Machine, tally: Tally, page: int, tracepoint: TracepointLocator | None
 ) -> None:
-    """Where the tracepoint answers too, both must name the page that was absent."""
-    recorded = tracepoint.locate() if tracepoint is not None else None
-    if recorded is None:
+    """Where the tracepoint answers too, it must name the absent page, and what decode is sure of.
+
+    That is the byte, which must be one of the access's, and the kind; to a processor a
+    read-modify-write is a write.
+    """
+    if tracepoint is None:
         return
-    if recorded.gpa is not None and recorded.gpa // PAGE_SIZE == page:
+    recorded, question = tracepoint.locate(), tally.questions[-1]
+    best = question.said[0]
+    if recorded is None:
+        tally.unrecorded += 1
+        return
+    if recorded.gpa is None or recorded.gpa // PAGE_SIZE != page:
+        same = False
+    elif best.certain and best.gpa is not None:
+        kind = AccessKind.WRITE if best.kind is AccessKind.READ_WRITE else best.kind
+        into = recorded.gpa - best.gpa
+        same = 0 <= into < best.size and recorded.kind in (None, kind)
+        # A page-table entry has no gva of its own.
+        same = same and (None in (recorded.gva, best.gva) or recorded.gva == best.gva + into)
+    else:
+        tally.alone += 1
+        return
+    if same:
         tally.agreements += 1
     else:
-        question = tally.questions[-1]
-        tally.disagreements.append(f"the tracepoint says {recorded}; {question}")
+        tally.disagreements.append(f"the tracepoint says {recorded!r}; {question}; {best!r}")
 
 
 # -- the account ----------------------------------------------------------------------------------
@@ -292,8 +318,10 @@ def notes(tally: Tally) -> Iterator[str]:
         yield f"skipped {count}: {reason}"
     if tally.agreements or tally.disagreements:
         yield (
-            f"the tracepoint named the same page {tally.agreements} times and another "
-            f"{len(tally.disagreements)} times"
+            f"where decode was certain the tracepoint agreed {tally.agreements} times in page, byte"
+            f" and kind, and disagreed {len(tally.disagreements)} times; where it was not, the "
+            f"tracepoint named the absent page {tally.alone} times; it had no answer "
+            f"{tally.unrecorded} times"
         )
     yield from tally.notes
 
@@ -336,6 +364,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kvm", choices=("soft", "kvm", "all"), default="all")
     parser.add_argument("--group", choices=GROUPS, action="append", help="only this group")
+    parser.add_argument("--tracefs", type=Path, help="where tracefs is mounted, if not as usual")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true")
     output.add_argument("--markdown", action="store_true")
@@ -350,7 +379,8 @@ def main() -> int:
         except Unavailable as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        tallies.append(experiment(machine, chosen, learned))
+        tracefs = None if args.tracefs is None else Tracefs(args.tracefs)
+        tallies.append(experiment(machine, chosen, learned, tracefs))
         machine.close()
     if args.json:
         print(json.dumps([as_data(tally) for tally in tallies], indent=2))

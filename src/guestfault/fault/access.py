@@ -8,7 +8,7 @@ candidates.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from guestfault.memory.slots import MemorySlot
 from guestfault.x86.access_kind import AccessKind
@@ -25,8 +25,7 @@ class FoundBy(enum.StrEnum):
     MMIO = "mmio"  # KVM_EXIT_MMIO on an address that is RAM
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """A guest access.  Addresses in bytes; ``size`` in bytes, a page where only the page is known.
 
     ``kind`` is ``None`` where it is not told (Linux's annotation does not say).  ``instruction`` is

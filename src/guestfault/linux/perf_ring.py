@@ -127,6 +127,13 @@ class OverwriteRing(_Ring):
             at += size
             left -= size
 
+    def newest(self) -> tuple[memoryview, int]:
+        """The ring's bytes, and where in them the newest record begins; it and others may wrap.
+
+        A ring that has never been written has zeros there.
+        """
+        return self._data, self._words[_HEAD] & self._mask
+
     def latest(self) -> bytes | None:
         """A copy of the newest record, with its header; ``None`` if there has never been one."""
         for memory, offset in self.newest_first():

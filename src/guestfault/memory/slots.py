@@ -6,7 +6,7 @@ KVM is asked, and the error says which number is wrong.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,6 +61,7 @@ class SlotMap:
 
     def __init__(self) -> None:
         self._slots: list[MemorySlot] = []
+        self._gpas: list[int] = []  # of the same slots, for a search without a call for each
 
     def __iter__(self) -> Iterator[MemorySlot]:
         return iter(self._slots)
@@ -79,13 +80,17 @@ class SlotMap:
                 raise SlotError(slot, f"slot number {slot.slot} is taken by {other}", other)
             if slot.gpa < other.end and other.gpa < slot.end:
                 raise SlotError(slot, f"it overlaps {other}", other)
-        insort(self._slots, slot)
+        i = bisect_right(self._gpas, slot.gpa)
+        self._slots.insert(i, slot)
+        self._gpas.insert(i, slot.gpa)
 
     def find(self, gpa: int) -> MemorySlot | None:
         """The slot that holds a gpa, or ``None``: a device, or nothing, is there."""
-        i = bisect_right(self._slots, gpa, key=lambda s: s.gpa) - 1
-        if i >= 0 and gpa < self._slots[i].end:
-            return self._slots[i]
+        i = bisect_right(self._gpas, gpa)
+        if i:
+            slot = self._slots[i - 1]
+            if gpa < slot.gpa + slot.size:
+                return slot
         return None
 
     def gpa_to_hva(self, gpa: int) -> int | None:

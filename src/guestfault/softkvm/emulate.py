@@ -230,7 +230,7 @@ def emulate_intercept(vcpu: KvmVcpu, code: int) -> int:
             return _access_msr(vcpu, decode(vcpu))
         case SvmExit.INVLPG:
             vcpu.cpu.skip(decode(vcpu).len)
-            vcpu.tables.clear()
+            vcpu.forget_walks()
             vcpu.cpu.flush_tlb()
             return 1
         case SvmExit.SWINT:

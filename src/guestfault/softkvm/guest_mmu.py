@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
 from guestfault.softkvm.cpu import DEVICE_WINDOW, Access
-from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.kvm_host import KvmVcpu, Walked
 from guestfault.softkvm.mmu import RetPf, kvm_mmu_do_page_fault
 from guestfault.softkvm.refusal import (
     AccessFailed,
@@ -70,9 +70,14 @@ _ERROR_CODE = {_READ: 0, _WRITE: PFERR_WRITE_MASK, _FETCH: PFERR_FETCH_MASK}
 def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
     """Answer a TLB miss: (engine-physical page, rights), or ``None`` and ``vcpu.refusal``."""
     kind = _KIND[access]
-    entry = _settled_entry(vcpu, gva, kind)
+    # The access that was refused last is usually made again next: as a processor may keep a
+    # translation until it is told to forget it, this one is kept for that once.
+    asked = gva & ~_OFFSET | vcpu.cpl << 4 | kind
+    entry, vcpu.walked = vcpu.walked, None
+    if entry is None or entry[3] != asked:
+        entry = _settled_entry(vcpu, gva, kind, asked)
     if entry is not None:
-        page, rights, dirty = entry
+        page, rights, dirty, _ = entry
     else:
         found = translate(vcpu, gva, kind)
         if not isinstance(found, Translation):
@@ -91,6 +96,8 @@ def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
         )
         # A clean page stays unwritable in the TLB, so that the write that dirties it is seen.
         return page, perms if dirty and spte & PT_WRITABLE else perms & ~UC_PROT_WRITE
+    if not vcpu.smap:  # which makes the answer depend on RFLAGS.AC as well
+        vcpu.walked = entry
     devices = vcpu.device_pages
     if devices is not None and type(vcpu.refusal) is Emulate and kind is not _FETCH:
         devices[gva & ~_OFFSET] = page
@@ -109,8 +116,8 @@ def _first_stage_perms(permissions: tuple[int, ...], user: bool, ac: bool, right
     )
 
 
-def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind) -> tuple[int, int, bool] | None:
-    """The usual miss in short: (page, rights, dirty) if nothing about it needs a walk.
+def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind, asked: int) -> Walked | None:
+    """The usual miss in short: its answer if nothing about it needs a walk.
 
     The last table is known, and its entry permits the access and has its flags set already.
     """
@@ -131,7 +138,7 @@ def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind) -> tuple[int, int,
     permitted = paging.permissions[kind | (vcpu.cpl == 3) << 2 | vcpu.smap_ac << 3]
     if not permitted >> (rights & 6 | rights >> 63) & 1:
         return None
-    return entry & ADDRESS_MASK, rights, entry & PT_DIRTY_MASK != 0
+    return entry & ADDRESS_MASK, rights, entry & PT_DIRTY_MASK != 0, asked
 
 
 # -- KVM's own accesses ----------------------------------------------------------------------------

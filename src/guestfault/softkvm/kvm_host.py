@@ -26,6 +26,10 @@ __all__ = ["Kvm", "KvmVcpu", "Request", "VcpuStat", "kvm_check_request", "kvm_ma
 MAX_PHYS_BITS = MAX_PHYS.bit_length() - 1
 
 
+Walked = tuple[int, int, bool, int]
+"""A translation: (guest physical page, rights, dirty, what was asked for)."""
+
+
 class Request:
     """``KVM_REQ_*``: bits of :attr:`KvmVcpu.requests`."""
 
@@ -100,6 +104,7 @@ class KvmVcpu:
         self.protected = self.smap = False
         self.table_shift = 0
         self.tables: dict[int, Table] = {}
+        self.walked: Walked | None = None
         self.device_pages: dict[int, int] | None = None
         self.system_page: int | None = None  # linear; what the processor accesses for itself
         self.refused_fetch: int | None = None  # linear; the TLB miss refused last was this fetch
@@ -117,6 +122,11 @@ class KvmVcpu:
         finally:
             with self.mode_lock:
                 self.in_guest_mode = False
+
+    def forget_walks(self) -> None:
+        """Forget what was found out about the guest's page tables."""
+        self.tables.clear()
+        self.walked = None
 
     @property
     def rflags(self) -> int:
@@ -144,7 +154,7 @@ class KvmVcpu:
         self.paging = PagingState(s.cr0, s.cr3, s.cr4, s.efer, maxphyaddr=MAX_PHYS_BITS)
         self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
         self.protected, self.smap = bool(s.cr0 & CR0_PE), bool(s.cr4 & CR4_SMAP)
-        self.tables.clear()
+        self.forget_walks()
         self.sregs_changed = False
         self.refresh_cpl()
 

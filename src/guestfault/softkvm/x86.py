@@ -70,7 +70,7 @@ def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
         # Translated code still knows the memory that it was in, and would crash the engine.
         flush = True
     if flush:
-        vcpu.tables.clear()
+        vcpu.forget_walks()
         cpu.flush_tlb()
         cpu.flush_code()
     if vcpu.sregs_changed:

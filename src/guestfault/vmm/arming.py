@@ -1,14 +1,15 @@
 """When the tracepoints are worth listening to.
 
-They name a failed access ten times as cheaply as decoding the instruction does, but to listen costs
-something first: a ring, and once in a process a guest that finds out what this host's records mean.
+They name a failed access several times as cheaply as decoding the instruction does
+(``docs/locating.md``), but to listen costs something first: a ring, and once in a process a guest
+that finds out what this host's records mean.
 So the first bare faults of a vCPU are decoded, and only one that keeps having them gets
 tracepoints. Where they are not to be had, every fault is decoded.
 """
 
 from __future__ import annotations
 
-from guestfault.errors import Unavailable
+from guestfault.errors import GuestfaultError
 from guestfault.fault.locate.chain import Locators
 from guestfault.fault.locate.tracepoint import TracepointLocator, gpa_from
 from guestfault.kvm.protocols import System, Vcpu
@@ -39,8 +40,8 @@ class TracepointArming:
         try:
             translate = gpa_from(self._vcpu)
             self._armed = TracepointLocator(self._system, translate=translate, slots=self._slots)
-        except Unavailable:
-            return
+        except GuestfaultError:
+            return  # every fault is decoded then
         self._locators.tracepoint = self._armed.locate
 
     def disarm(self) -> None:

@@ -30,6 +30,9 @@ target belongs to the next instruction.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 from iced_x86 import (
     Code,
     Instruction,
@@ -41,10 +44,10 @@ from iced_x86 import (
 )
 
 from guestfault.x86 import transfer
-from guestfault.x86.addressing import CodeContext, ReadMemory
+from guestfault.x86.addressing import CodeContext, Operand, ReadMemory
 from guestfault.x86.instruction import decode
 from guestfault.x86.memory_access import PAGE_SIZE, AccessKind, MemoryAccess, PagePart, Role
-from guestfault.x86.operands import used_accesses
+from guestfault.x86.operands import plain_operand, used_accesses
 from guestfault.x86.registers import CR0_PG, CR4_CET, CR4_PAE, EFER_LME
 from guestfault.x86.state import CpuState
 
@@ -68,6 +71,11 @@ _PORT_IO = {
     *(Mnemonic.IN, Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD),
     *(Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
 }
+
+#: Their accesses depend on more than the general registers.
+_OWN_RULES = {*_FAR_POINTER_LOADS, *_LOOKS, *_IRETS}
+_OWN_RULES |= {Mnemonic.RETF, Mnemonic.ENTER, Mnemonic.LLDT, Mnemonic.LTR}
+_SYSTEM_REGISTERS = {*_SEGMENTS, Register.CR0, Register.CR3, Register.CR4}
 
 #: Instructions whose memory operand is named by rAX alone, which iced does not list:
 #: code -> (address register, bytes, kind, role, whether rAX is a physical address).
@@ -145,9 +153,14 @@ def data_accesses(instruction: Instruction, context: CodeContext) -> tuple[Memor
     """All of them but the fetch; none if the bytes were no instruction."""
     if instruction.is_invalid:
         return ()
-    vector = transfer.vector_of(instruction)
-    if vector is not None:
-        return (*transfer.interrupt(context, vector), *_shadow_stack(context, instruction))
+    shape = _shape(instruction, instruction.code_size)
+    if shape.plain is not None and not context.state.cr4 & CR4_CET:
+        return tuple(map(context.operand, shape.plain))
+    if shape.vector is not None:
+        return (
+            *transfer.interrupt(context, shape.vector),
+            *_shadow_stack(context, instruction),
+        )
     return (
         *_port_check(context, instruction),
         *_operands(context, instruction),
@@ -157,10 +170,52 @@ def data_accesses(instruction: Instruction, context: CodeContext) -> tuple[Memor
     )
 
 
+class _Shape(NamedTuple):
+    """What of an instruction's accesses follows from the instruction alone.
+
+    ``vector`` is that of a software interrupt.  ``plain`` are its accesses in their order if each
+    needs the general registers and nothing else, else ``None``.
+    """
+
+    vector: int | None
+    plain: tuple[Operand, ...] | None
+
+
+@lru_cache(maxsize=1024)
+def _shape(instruction: Instruction, code_size: int) -> _Shape:
+    """The shape of an instruction; iced's equality leaves the code size out, so it is given too."""
+    vector = transfer.vector_of(instruction)
+    mnemonic = instruction.mnemonic
+    if (
+        vector is not None
+        or mnemonic in _PORT_IO
+        or instruction.code in _BY_RAX
+        or mnemonic in _OWN_RULES
+        or instruction.op0_register in _SYSTEM_REGISTERS
+        or instruction.is_call_far
+        or instruction.is_jmp_far
+        or instruction.is_call_far_indirect
+        or instruction.is_jmp_far_indirect
+    ):
+        return _Shape(vector, None)
+    operands: list[Operand] = []
+    for number, used in enumerate(_INFO.info(instruction).used_memory()):
+        explicit = number == 0 and _has_explicit(instruction)
+        operand = plain_operand(instruction, used, explicit=explicit)
+        if operand is None:
+            return _Shape(None, None)
+        operands.append(operand)
+    return _Shape(None, tuple(sorted(operands, key=lambda operand: operand.kind & 1)))
+
+
+def _has_explicit(instruction: Instruction) -> bool:
+    """Whether an operand is in memory; iced lists it first, unless it is only named (LEA)."""
+    return OpKind.MEMORY in (instruction.op0_kind, instruction.op1_kind, instruction.op2_kind)
+
+
 def _operands(context: CodeContext, instruction: Instruction) -> list[MemoryAccess]:
     """Operands and stack, with the descriptors that they select, in order."""
-    # iced lists an explicit operand first; one that is only named (LEA) it does not list at all.
-    explicit = OpKind.MEMORY in (instruction.op0_kind, instruction.op1_kind, instruction.op2_kind)
+    explicit = _has_explicit(instruction)
     listed: list[MemoryAccess] = []
     for number, used in enumerate(_INFO.info(instruction).used_memory()):
         listed += used_accesses(context, instruction, used, explicit=explicit and number == 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from iced_x86 import CodeSize, Register
 
@@ -16,10 +17,12 @@ from guestfault.x86.memory_access import AccessKind, MemoryAccess, Role
 from guestfault.x86.segments import Segment
 from guestfault.x86.state import CpuState
 
-__all__ = ["CodeContext", "ReadMemory", "sign_extend"]
+__all__ = ["CodeContext", "Operand", "ReadMemory", "sign_extend"]
 
 #: Reads ``size`` bytes of guest memory at a linear address; None where they cannot be had.
 ReadMemory = Callable[[int, int], bytes | None]
+
+_LINEAR_MASK = (1 << 64) - 1
 
 _BITS: dict[int, int] = {CodeSize.CODE16: 16, CodeSize.CODE32: 32, CodeSize.CODE64: 64}
 
@@ -37,16 +40,17 @@ _SEGMENT_NAMES: dict[int, str] = {
 
 
 def _gpr_slices() -> dict[int, tuple[int, int, int]]:
-    """Register -> (number in encoding order, right shift, width in bits)."""
+    """Register -> (number in encoding order, right shift, mask)."""
     slices: dict[int, tuple[int, int, int]] = {}
+    byte = (1 << 8) - 1
     for first, bits in ((Register.AX, 16), (Register.EAX, 32), (Register.RAX, 64)):
         for number in range(16):
-            slices[first + number] = (number, 0, bits)
+            slices[first + number] = (number, 0, (1 << bits) - 1)
     for number in range(4):
-        slices[Register.AL + number] = (number, 0, 8)
-        slices[Register.AH + number] = (number, 8, 8)
+        slices[Register.AL + number] = (number, 0, byte)
+        slices[Register.AH + number] = (number, 8, byte)
     for number in range(4, 16):
-        slices[Register.SPL + number - 4] = (number, 0, 8)
+        slices[Register.SPL + number - 4] = (number, 0, byte)
     return slices
 
 
@@ -57,6 +61,25 @@ def sign_extend(value: int, bits: int) -> int:
     """``value``'s low ``bits`` as a signed number."""
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
+
+
+class Operand(NamedTuple):
+    """A memory operand as the instruction alone tells it: its address takes but the registers.
+
+    The first six are iced's, with 0 for a register that there is not; ``size`` is in bytes.
+    """
+
+    segment: int
+    base: int
+    index_register: int
+    scale: int
+    displacement: int
+    address_size: int
+    size: int
+    kind: AccessKind
+    role: Role
+    note: str = ""
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +104,11 @@ class CodeContext:
 
     def register(self, register: int) -> int | None:
         """Value of a general register of any width; None for every other kind."""
-        if register not in _GPR_SLICES:
+        found = _GPR_SLICES.get(register)
+        if found is None:
             return None
-        number, shift, bits = _GPR_SLICES[register]
-        return self.state.gprs[number] >> shift & ((1 << bits) - 1)
+        number, shift, mask = found
+        return self.state.gprs[number] >> shift & mask
 
     def segment(self, register: int) -> Segment:
         """The segment register that iced names so."""
@@ -100,14 +124,18 @@ class CodeContext:
         self, base: int, index: int, scale: int, displacement: int, address_size: int
     ) -> int:
         """Effective address, cut to the address size (an iced ``CodeSize``)."""
-        value = displacement + (self.register(base) or 0) + (self.register(index) or 0) * scale
+        value = displacement
+        if base:
+            value += self.register(base) or 0
+        if index:
+            value += (self.register(index) or 0) * scale
         return value & ((1 << _BITS.get(address_size, self.code_size)) - 1)
 
     def linear(self, segment: int, offset: int) -> int:
         """Linear address; in 64-bit mode only FS and GS have a base."""
         if self.code_size == 64:
             base = self.segment(segment).base if segment in _BASED else 0
-            return (base + offset) & ((1 << 64) - 1)
+            return (base + offset) & _LINEAR_MASK
         return (self.segment(segment).base + offset) & 0xFFFF_FFFF
 
     def access(
@@ -136,6 +164,12 @@ class CodeContext:
         return MemoryAccess(
             address, size, kind, role, note, certain, span, address_bits=bits, refused=refused
         )
+
+    def operand(self, operand: Operand) -> MemoryAccess:
+        """The access to a memory operand."""
+        segment, base, index, scale, displacement, width, size, kind, role, note, certain = operand
+        offset = self.offset(base, index, scale, displacement, width)
+        return self.access(segment, offset, size, kind, role, note=note, certain=certain)
 
     def stack(
         self,
@@ -190,7 +224,8 @@ class CodeContext:
 
     def _canonical(self, address: int) -> bool:
         bits = 57 if self.state.cr4 >> 12 & 1 else 48
-        return sign_extend(address, bits) & ((1 << 64) - 1) == address
+        # Adding half the range folds the two canonical halves into one that starts at 0.
+        return not (address + (1 << bits - 1) & _LINEAR_MASK) >> bits
 
 
 def _join(*notes: str) -> str:

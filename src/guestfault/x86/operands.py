@@ -22,11 +22,11 @@ from iced_x86 import (
 )
 
 from guestfault.x86 import vector
-from guestfault.x86.addressing import CodeContext, sign_extend
+from guestfault.x86.addressing import CodeContext, Operand, sign_extend
 from guestfault.x86.memory_access import AccessKind, MemoryAccess, Role
 from guestfault.x86.registers import X86_EFLAGS_DF
 
-__all__ = ["used_accesses"]
+__all__ = ["plain_operand", "used_accesses"]
 
 _KINDS = {
     OpAccess.READ: AccessKind.READ,
@@ -59,6 +59,7 @@ _BIT_TESTS = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
 _CACHE_LINE = {Mnemonic.CLFLUSH, Mnemonic.CLFLUSHOPT, Mnemonic.CLWB}
 _XSAVE_AREAS = {MemorySize.XSAVE, MemorySize.XSAVE64}
 _FXSAVE_AREAS = {MemorySize.FXSAVE_512BYTE, MemorySize.FXSAVE64_512BYTE}
+_FXSAVE_NOTE = "the area's last 96 bytes are reserved and usually left alone"
 _ALWAYS_SAVE = {Mnemonic.XSAVE, Mnemonic.XSAVE64}
 _RESTORE = {Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64}
 
@@ -66,6 +67,50 @@ _RESTORE = {Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XRSTORS, Mnemonic.XRSTO
 _XSAVE_ENDS = {2: 832, 3: 1024, 4: 1088, 5: 1152, 6: 1664, 7: 2688, 9: 2696, 17: 2816, 18: 11008}
 _XSAVE_HEADER = 512
 _XSAVE_HEADER_END = 576
+
+
+def plain_operand(instruction: Instruction, used: UsedMemory, *, explicit: bool) -> Operand | None:
+    """What :func:`used_accesses` gives, if it is one access whose address only takes registers.
+
+    That is nearly every one; it need be worked out but once for an instruction that is met again
+    and again.
+    """
+    kind = _KINDS.get(used.access)
+    if kind is None or used.vsib_size or vector.is_masked(instruction):
+        return None
+    size, role, note = MemorySizeInfo(used.memory_size).size, Role.OPERAND, ""
+    if instruction.is_string_instruction:
+        if instruction.has_rep_prefix or instruction.has_repne_prefix:
+            return None
+        size = MemorySizeInfo(instruction.memory_size).size
+        role = Role.STRING_DESTINATION if used.base in _DESTINATIONS else Role.STRING_SOURCE
+    elif not explicit and used.segment == Register.SS and used.base in _STACK_NUMBERS:
+        if instruction.code_size != CodeSize.CODE64:
+            return None  # the width of the stack is then a matter of SS
+        role = Role.STACK
+    elif (
+        not size
+        or used.access in _CONDITIONAL
+        or instruction.mnemonic in _BIT_TESTS
+        or instruction.mnemonic in _CACHE_LINE
+        or used.memory_size in _XSAVE_AREAS
+    ):
+        return None
+    elif used.memory_size in _FXSAVE_AREAS:
+        note = _FXSAVE_NOTE
+    displacement = 0 if instruction.is_string_instruction else used.displacement
+    return Operand(
+        used.segment,
+        used.base,
+        used.index,
+        used.scale,
+        displacement,
+        used.address_size,
+        size,
+        kind,
+        role,
+        note,
+    )
 
 
 def used_accesses(
@@ -103,7 +148,7 @@ def _operand(
     if mnemonic in _CACHE_LINE:
         role, note = Role.CACHE_LINE, "faults like a load; KVM's emulator skips it"
     elif used.memory_size in _FXSAVE_AREAS:
-        note = "the area's last 96 bytes are reserved and usually left alone"
+        note = _FXSAVE_NOTE
     elif not size:
         size, certain = 1, False
         note = "its size depends on configuration that is not known"

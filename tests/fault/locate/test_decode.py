@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from guestfault.fault.access import Access, AccessKind, FoundBy
 from guestfault.fault.locate.decode import DecodeLocator
 from guestfault.fault.locate.residency import PageAccess, Verdict
+from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.segments import Segments
@@ -87,6 +88,29 @@ def test_one_absent_page_is_certain() -> None:
             why="operand: the only page of it that the host cannot serve",
         ),
     )
+
+
+def test_nothing_is_remembered_of_tables_that_have_changed() -> None:
+    world = World(MOV)
+    world.say(Verdict.ABSENT, DATA, OTHER)
+    for _ in range(2):
+        assert [a.gpa for a in world.ask()] == [DATA]
+    entry = TABLES + 3 * PAGE_SIZE + CODE // PAGE_SIZE * 8
+    moved = CODE + 8 * PAGE_SIZE
+    world.bytes[moved : moved + 7] = bytes.fromhex("488b8300000100")  # mov rax, [rbx + 0x10000]
+    world.bytes[entry : entry + 8] = (moved | 7).to_bytes(8, "little")
+    for _ in range(2):
+        assert [(a.gpa, a.certain) for a in world.ask()] == [(OTHER, True)]
+    world.out.add(entry // PAGE_SIZE)
+    (access,) = world.ask()
+    assert (access.gpa, access.gva, access.certain) == (entry, None, True)
+    # Another VM with the same registers has tables of its own.
+    another = World(MOV)
+    another.say(Verdict.ABSENT, DATA)
+    assert [(a.gpa, a.certain) for a in another.ask()] == [(DATA, True)]
+    world.out.clear()
+    world.sregs.ss.dpl = 0  # nor is a walk that was made with other rights
+    assert [(a.gpa, a.certain) for a in world.ask()] == [(OTHER, True)]
 
 
 def test_several_absent_pages_are_ranked_in_the_processors_order() -> None:

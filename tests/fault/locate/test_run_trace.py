@@ -58,7 +58,7 @@ def fault(address: int) -> bytes:
     return raw("kvm_page_fault", fault_address=address, error_code=1 << 32)
 
 
-def read(*records: bytes, size: int = 4096) -> list[tuple[str, int]]:
+def ring(*records: bytes, size: int = 4096) -> OverwriteRing:
     memory = bytearray(PAGESIZE + size)
     head = 0
     for record in records:
@@ -66,7 +66,11 @@ def read(*records: bytes, size: int = 4096) -> list[tuple[str, int]]:
         for i, byte in enumerate(record):
             memory[PAGESIZE + (head + i) % size] = byte
     struct.pack_into("<Q", memory, 1024, head % (1 << 64))
-    found = Sentence.of(FORMATS).read(OverwriteRing(memoryview(memory)))
+    return OverwriteRing(memoryview(memory))
+
+
+def read(*records: bytes, size: int = 4096) -> list[tuple[str, int]]:
+    found = Sentence.of(FORMATS).read(ring(*records, size=size))
     return [(record.event, record.number) for record in found]
 
 
@@ -89,23 +93,59 @@ def test_asked_again_it_says_the_same_whatever_translations_were_made_meanwhile(
     assert read(BEGIN, WALK_A, FAILED, WALK_B, WALK_B) == [A]
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        pytest.param((), id="nothing at all"),
-        pytest.param((BEGIN, WALK_A, PORT), id="the run did not fail"),
-        pytest.param((BEGIN, WALK_A, KICKED), id="the run was kicked"),
-        pytest.param((BEGIN, WALK_A, FAILED, BEGIN, PORT), id="an earlier run failed"),
-        pytest.param((BEGIN, WALK_A, MAPPED, FAILED), id="the last fault was resolved"),
-        pytest.param((BEGIN, WALK_A, ENTRY, FAILED), id="the guest ran on after the last fault"),
-        pytest.param((BEGIN, PORT, WALK_A, BEGIN, FAILED), id="a translation before the run"),
-        pytest.param((BEGIN, FAILED, WALK_A), id="a translation after the run"),
-        pytest.param((BEGIN, PORT, WALK_A, FAILED), id="the run's beginning is not recorded"),
-        pytest.param((WALK_A, FAILED), id="the beginning is lost"),
-    ],
-)
+NO_ANSWER = [
+    pytest.param((), id="nothing at all"),
+    pytest.param((BEGIN, WALK_A, PORT), id="the run did not fail"),
+    pytest.param((BEGIN, WALK_A, KICKED), id="the run was kicked"),
+    pytest.param((BEGIN, WALK_A, FAILED, BEGIN, PORT), id="an earlier run failed"),
+    pytest.param((BEGIN, WALK_A, MAPPED, FAILED), id="the last fault was resolved"),
+    pytest.param((BEGIN, WALK_A, ENTRY, FAILED), id="the guest ran on after the last fault"),
+    pytest.param((BEGIN, PORT, WALK_A, BEGIN, FAILED), id="a translation before the run"),
+    pytest.param((BEGIN, FAILED, WALK_A), id="a translation after the run"),
+    pytest.param((BEGIN, PORT, WALK_A, FAILED), id="the run's beginning is not recorded"),
+    pytest.param((WALK_A, FAILED), id="the beginning is lost"),
+]
+
+
+@pytest.mark.parametrize("records", NO_ANSWER)
 def test_nothing_else_is_an_answer(records: tuple[bytes, ...]) -> None:
     assert read(*records) == []
+
+
+SENTENCES = [
+    (BEGIN, WALK_A, FAILED),
+    (BEGIN, WALK_A, POISONED),
+    (ENTRY, fault(0xA123), FAILED),
+    (MAPPED, fault(0xA123), WALK_A, FAILED),
+    (BEGIN, fault(0xA123), WALK_A, fault(0xA123), FAILED),
+]
+
+
+@pytest.mark.parametrize("usual", SENTENCES)
+def test_a_shape_finds_the_sentences_that_have_it_and_no_other(usual: tuple[bytes, ...]) -> None:
+    shape = Sentence.of(FORMATS).shape(ring(*usual))
+    assert shape is not None
+    others = [*SENTENCES, *(param.values[0] for param in NO_ANSWER)]
+    for records in others:
+        for before in range(20):  # some of them wrap in the ring
+            memory = ring(*[PORT] * before, *records, size=512)
+            found, known = shape.read(memory), Sentence.of(FORMATS).read(memory)
+            assert found is None or [found] == known[:1]
+    found = shape.read(ring(*usual))
+    assert found is not None
+    assert found.number == 0xA123
+
+
+def test_a_shape_finds_other_addresses() -> None:
+    shape = Sentence.of(FORMATS).shape(ring(BEGIN, WALK_A, FAILED))
+    assert shape is not None
+    found = shape.read(ring(BEGIN, WALK_A, FAILED, BEGIN, WALK_B, FAILED))
+    assert found == FaultRecord("kvm_mmu_pagetable_walk", 0xB123, 4)
+    assert shape.read(ring(BEGIN, WALK_A, FAILED, BEGIN, walk(0), PORT)) is None
+
+
+def test_there_is_no_shape_of_a_sentence_with_something_after_it() -> None:
+    assert Sentence.of(FORMATS).shape(ring(BEGIN, WALK_A, FAILED, WALK_B)) is None
 
 
 def test_a_sentence_that_wraps_is_whole_and_one_that_is_overwritten_is_not() -> None:

@@ -48,6 +48,9 @@ from guestfault.x86.state import CpuState
 
 __all__ = ["DecodeLocator"]
 
+_CS = Register.CS
+_NONE = Judged([], [], [])
+
 
 class DecodeLocator:
     """Names the failed access of a stopped vCPU of one VM.
@@ -99,13 +102,14 @@ class _Search:
     def _fetch(self) -> Instruction | None:
         """Put the fetch on the trail; the instruction, if its bytes are all there."""
         trail, context = self._trail, self._context
-        rip = context.state.rip & ((1 << context.code_size) - 1)
-        linear = context.linear(Register.CS, rip)
+        code_size = context.code_size
+        rip = context.state.rip & ((1 << code_size) - 1)
+        linear = context.linear(_CS, rip)
         first = PAGE_SIZE - linear % PAGE_SIZE
         code = trail.fetch(linear, min(first, MAX_LENGTH))
         if code is None:
             return None
-        instruction, whole = decode(code, rip, context.code_size)
+        instruction, whole = decode(code, rip, code_size)
         here = min(instruction.len, first) if whole else first
         trail.steps[-1] = trail.steps[-1]._replace(size=max(here, 1))
         if not whole and first < MAX_LENGTH:
@@ -113,7 +117,7 @@ class _Search:
             rest = trail.fetch(beyond, MAX_LENGTH - first)
             if rest is None:
                 return None
-            instruction, whole = decode(code + rest, rip, context.code_size)
+            instruction, whole = decode(code + rest, rip, code_size)
             trail.steps[-1] = trail.steps[-1]._replace(size=max(instruction.len - first, 1))
         return None if instruction.is_invalid else instruction
 
@@ -122,7 +126,8 @@ class _Search:
     def _choose(self, steps: list[Step]) -> tuple[Access, ...]:
         own = self._judge(steps)
         events = self._events()
-        best = next(iter(own.absent or own.unsure), None)
+        suspects = own.absent or own.unsure
+        best = suspects[0] if suspects else None
         doubt = "" if best is None else _doubt(best, steps, own, events)
         if best is not None and not doubt:
             return (self._access(best, self._certainty(best, own), certain=True),)
@@ -149,7 +154,7 @@ class _Search:
     def _events(self) -> Judged:
         deliveries = possible_deliveries(self._context)
         if not deliveries:
-            return Judged([], [], [])
+            return _NONE
         trail = self._trail.fork()
         for access in deliveries:
             trail.add(access)
@@ -163,7 +168,7 @@ class _Search:
         """
         context = self._context
         rip = context.state.rip & ((1 << context.code_size) - 1)
-        linear = context.linear(Register.CS, rip)
+        linear = context.linear(_CS, rip)
         beyond = (linear // PAGE_SIZE + 1) * PAGE_SIZE % (1 << context.address_bits)
         trail = self._trail.fork()
         trail.fetch(beyond, 1)
@@ -175,30 +180,32 @@ class _Search:
         return sorted(in_slots, key=lambda step: step.role is None)
 
     def _access(self, step: Step, why: str, *, certain: bool = False) -> Access:
-        slot = None if step.gpa is None else self._slots.find(step.gpa)
-        what = str(step.role)
-        if step.role is None:
+        gpa = step.gpa
+        slot = None if gpa is None else self._slots.find(gpa)
+        hva = None if slot is None or gpa is None else slot.hva_of(gpa)
+        what: str | None = step.role
+        if what is None:
             what = f"level-{step.level} page-table entry for gva {step.via:#x}"
         return Access(
-            gpa=step.gpa,
-            size=step.size,
-            found_by=FoundBy.DECODE,
-            gva=step.gva,
-            hva=None if slot is None or step.gpa is None else slot.hva_of(step.gpa),
-            slot=slot,
-            kind=step.kind,
-            instruction=self._text,
-            certain=certain,
-            why=f"{what}: {why}",
+            gpa,
+            step.size,
+            FoundBy.DECODE,
+            step.gva,
+            hva,
+            slot,
+            step.kind,
+            self._text,
+            certain,
+            f"{what}: {why}",
         )
 
 
 def _doubt(best: Step, steps: list[Step], own: Judged, events: Judged) -> str:
     """What keeps the best candidate from being certain; empty if nothing does."""
-    pages = _pages(own.absent or own.unsure)
-    if len(pages) > 1:
-        return f"one of {len(pages)} pages that the host cannot serve"
-    if events.absent and _pages(events.absent) - pages:
+    suspects = own.absent or own.unsure  # one for each page
+    if len(suspects) > 1:
+        return f"one of {len(suspects)} pages that the host cannot serve"
+    if events.absent and _pages(events.absent) - _pages(suspects):
         return "an event may have been on its way, and what delivers it is absent too"
     others = own.unknown + (own.unsure if own.absent else [])
     if others and any(steps.index(step) < steps.index(best) for step in others):
@@ -206,7 +213,7 @@ def _doubt(best: Step, steps: list[Step], own: Judged, events: Judged) -> str:
     # Not sure to be made, or to have failed: it is the one only if nothing else can be.
     if own.absent and best.certain:
         return ""
-    if others or _pages(events.unsure) - pages:
+    if others or _pages(events.unsure) - _pages(suspects):
         return "it need not have been made" if own.absent else "the host may have served it"
     return ""
 

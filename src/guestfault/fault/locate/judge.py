@@ -44,7 +44,8 @@ class Judge:
         verdicts = self._verdicts
         # The page with the lowest bit of the kind, which is set if the access writes.
         keys = [-1 if (gpa := step[0]) is None else gpa >> 12 << 1 | step[2] & 1 for step in steps]
-        self._ask({key for key in keys if key >= 0 and key not in verdicts})
+        if new := {key for key in keys if key >= 0 and key not in verdicts}:
+            self._ask(new)
         absent: dict[int, Step] = {}
         unsure: dict[int, Step] = {}
         unknown = []
@@ -69,21 +70,24 @@ class Judge:
         for key in sorted(keys):
             gpa = key >> 1 << 12
             if not start <= gpa < end:
-                self._look(slot, asked, wanted)
-                asked, wanted = [], []
+                if asked:
+                    self._look(slot, asked, wanted)
+                    asked, wanted = [], []
                 slot = self._slots.find(gpa)
                 if slot is None:
                     verdicts[key] = None  # a device's: an MMIO exit, and no failure
                     continue
-                start, end, shift = slot.gpa, slot.end, slot.hva - slot.gpa
+                start, shift = slot.gpa, slot.hva - slot.gpa
+                end = start + slot.size
             if is_in(gpa):
                 asked.append(key)
                 wanted.append((gpa + shift, key & 1 == 1))
             else:
                 verdicts[key] = _ABSENT
-        self._look(slot, asked, wanted)
+        if asked:
+            self._look(slot, asked, wanted)
 
     def _look(self, slot: MemorySlot | None, keys: list[int], wanted: list[PageAccess]) -> None:
-        if slot is not None and wanted:
-            found = self._residency.verdicts(slot, wanted, self._errno)
-            self._verdicts.update(zip(keys, found, strict=True))
+        assert slot is not None
+        found = self._residency.verdicts(slot, wanted, self._errno)
+        self._verdicts.update(zip(keys, found, strict=True))

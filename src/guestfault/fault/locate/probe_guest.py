@@ -45,7 +45,7 @@ _LOAD, _STORE = b"\x8a\x03", b"\x88\x03"  # mov al, [rbx]; mov [rbx], al
 _KINDS: Final = (AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH)
 
 _lock = threading.Lock()
-_known: dict[tuple[str, str], dict[str, Meaning]] = {}
+_known: dict[tuple[str, str], dict[str, Meaning] | Unavailable] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,13 @@ def meanings(system: System, tracefs: Tracefs) -> dict[str, Meaning]:
                 try:
                     _known[key] = learn(thread.submit(run_probe_guest, system, tracefs).result())
                 except KernelError as error:
-                    raise _unavailable(f"the probe guest fails: {error}") from error
-        return _known[key]
+                    _known[key] = _unavailable(f"the probe guest fails: {error}")
+                except Unavailable as error:
+                    _known[key] = error
+        known = _known[key]
+        if isinstance(known, Unavailable):
+            raise Unavailable(known.what, known.why, known.mend)
+        return known
 
 
 def _unavailable(why: str) -> Unavailable:

@@ -20,7 +20,7 @@ may be served by the time one asks.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 from guestfault.dialect.interface import EHWPOISON
@@ -31,9 +31,11 @@ from guestfault.linux.vma_rights import VmaRights, VmaRightsReader
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.slots import MemorySlot
 from guestfault.uapi.kvm import KVM_MEM_READONLY
+from guestfault.uapi.mman import PM_PRESENT
 
 __all__ = ["HostResidency", "PageAccess", "Residency", "Verdict"]
 
+_LOOK = 16  # pages, in one read of pagemap that takes hardly longer than one page
 _USERFAULT_FLAGS = frozenset({"um", "ui"})
 
 
@@ -63,7 +65,7 @@ class Residency(Protocol):
 
 
 class HostResidency:
-    """The host itself, asked through ``/proc``: about 2 us and 1 us more for each page.
+    """The host itself, asked through ``/proc``: about 2 us, and 1 us for each 16 neighbours.
 
     ``exit_on_missing`` is the slot flag that asks KVM for an exit as soon as a page is missing, 0
     where there is none.  ``registered`` says whether the slots' memory is registered with
@@ -82,18 +84,24 @@ class HostResidency:
         """See :meth:`Residency.verdicts`."""
         found = []
         mapping: VmaRights | None = None
-        start = end = 0
+        start = end = first = 0
         full = False
-        present = self._pagemap.present
+        entries: Sequence[int] = ()
         for hva, writes in wanted:
             if not start <= hva < end:
                 mapping = self._rights.at(hva)
                 start, end = mapping[:2] if mapping is not None else (0, 0)
                 full = mapping is not None and mapping.read and mapping.write
-            if full and present(hva):
-                found.append(_SERVED)
-            else:
-                found.append(self._verdict(slot, hva, writes, mapping, errno))
+            if full:
+                # The tables of one walk often are neighbours: a look at one is a look at all.
+                i = hva // PAGE_SIZE - first
+                if not 0 <= i < len(entries):
+                    first, i = hva // PAGE_SIZE, 0
+                    entries = self._pagemap.entries(hva, _LOOK)
+                if entries[i] & PM_PRESENT:
+                    found.append(_SERVED)
+                    continue
+            found.append(self._verdict(slot, hva, writes, mapping, errno))
         return found
 
     def _verdict(

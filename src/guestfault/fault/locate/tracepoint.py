@@ -32,6 +32,8 @@ from guestfault.memory.slots import SlotMap
 
 __all__ = ["TracepointLocator", "gpa_from"]
 
+_TRACEPOINT = FoundBy.TRACEPOINT
+
 
 def gpa_from(vcpu: Vcpu) -> Callable[[int], int | None]:
     """``KVM_TRANSLATE`` as a translation from gva to gpa, ``None`` where the guest maps nothing."""
@@ -78,24 +80,25 @@ class TracepointLocator:
         To be asked after a ``KVM_RUN`` that returned -EFAULT or -EHWPOISON; after any other there
         is no answer.  The address is exact and ``size`` is 1: the byte at which the access failed,
         where the length of the access is not told.  An access that crosses into an absent page
-        fails at that page's first byte.
+        fails at that page's first byte, but a large one (FXSAVE) or a masked one at any of its own.
 
         Raises :class:`RuntimeError` on another thread than the locator's own.
         """
-        faults = self._trace.faults()
-        if not faults:
+        failed = self._trace.failed()
+        if failed is None:
             return None
-        event, number, code = faults[0]
+        event, number, code = failed
         meaning = self._meanings.get(event)
         if meaning is None:
             return None
+        kind = meaning.kind(code)
         gva: int | None = None
         gpa: int | None = number
         if meaning.is_gva:
             gva, gpa = number, self._translate(number) if self._translate else None
-        slot = self._slots.find(gpa) if self._slots is not None and gpa is not None else None
-        hva = slot.hva_of(gpa) if slot is not None and gpa is not None else None
-        return Access(gpa, 1, FoundBy.TRACEPOINT, gva, hva, slot, meaning.kind(code))
+        if gpa is None or self._slots is None or (slot := self._slots.find(gpa)) is None:
+            return Access(gpa, 1, _TRACEPOINT, gva, None, None, kind)
+        return Access(gpa, 1, _TRACEPOINT, gva, slot.hva_of(gpa), slot, kind)
 
     def close(self) -> None:
         """Stop listening.  May be called again."""

@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 from guestfault.fault.locate.host_view import GuestMemory
 from guestfault.x86.access_kind import AccessKind
+from guestfault.x86.entries import PT64_NX_MASK
 from guestfault.x86.memory_access import MemoryAccess, Role
 from guestfault.x86.paging import (
+    Entry,
     EntryUnreadable,
+    EntryUpdate,
     PageFault,
     PagingMode,
     PagingState,
@@ -28,6 +31,7 @@ from guestfault.x86.paging import (
     walk,
     walk_from,
 )
+from guestfault.x86.paging_state import ALL_RIGHTS
 from guestfault.x86.registers import GP_VECTOR, PF_VECTOR, SS_VECTOR, X86_EFLAGS_AC
 from guestfault.x86.state import CpuState
 
@@ -35,21 +39,8 @@ __all__ = ["Step", "Trail"]
 
 _READ, _READ_WRITE = AccessKind.READ, AccessKind.READ_WRITE
 _OFFSET = 4095
-
-
-@lru_cache(maxsize=64)
-def _paging(cr0: int, cr3: int, cr4: int, efer: int) -> tuple[PagingState, int, int]:
-    """The state, the shift that makes a neighbourhood of an address, and the level kept.
-
-    One object serves for as long as the registers stay, for it works out what follows from them
-    once.
-    """
-    state = PagingState(cr0, cr3, cr4, efer)
-    mode = state.mode
-    # Without paging there is no table to keep, and an address has no neighbourhood.
-    shift = 0 if mode is PagingMode.NONE else mode.shift(2)
-    # In PAE paging Intel's processors hold the top level in registers since CR3 was loaded.
-    return state, shift, 3 if mode is PagingMode.PAE else 0
+_INDEX_BITS = 9
+_LONG_MODE_LEVELS = 4
 
 
 class Step(NamedTuple):
@@ -69,6 +60,52 @@ class Step(NamedTuple):
     level: int = 0
 
 
+class _Fetched(NamedTuple):
+    """The walk of a fetch, and what it leaves on an empty trail."""
+
+    entries: tuple[Entry, ...]
+    steps: tuple[Step, ...]
+    tabled: frozenset[int]
+    tables: dict[int, Table]
+    directories: dict[int, Table]
+
+
+class _Paging(NamedTuple):
+    """What follows from the control registers.
+
+    ``shift`` makes a neighbourhood of an address, 0 where there is none; ``kept`` is the level that
+    a processor keeps in registers.  ``fetched`` are the walks of fetches by address and privilege:
+    the faults of a loop come from the same few instructions.
+    """
+
+    state: PagingState
+    shift: int
+    kept: int
+    fetched: dict[tuple[int, bool], _Fetched]
+
+
+_MAX_FETCHED = 256
+
+
+@lru_cache(maxsize=64)
+def _paging(cr0: int, cr3: int, cr4: int, efer: int) -> _Paging:
+    """What the registers mean for a trail, worked out once for as long as they stay."""
+    state = PagingState(cr0, cr3, cr4, efer)
+    mode = state.mode
+    # Without paging there is no table to keep, and an address has no neighbourhood.
+    shift = 0 if mode is PagingMode.NONE else mode.shift(2)
+    # In PAE paging Intel's processors hold the top level in registers since CR3 was loaded.
+    return _Paging(state, shift, 3 if mode is PagingMode.PAE else 0, {})
+
+
+def _directory(entries: tuple[Entry, ...]) -> Table:
+    """The level-2 table of a long-mode walk, as another walk may start from it."""
+    rights = ALL_RIGHTS
+    for _, entry, _ in entries[:-2]:
+        rights &= entry ^ PT64_NX_MASK
+    return Table(2, entries[-2][0] & ~_OFFSET, rights)
+
+
 class Trail:
     """``steps`` so far; ``exception`` is the vector that the guest would take where it ended."""
 
@@ -78,22 +115,56 @@ class Trail:
         self.ended = False
         self._state = state
         self._memory = memory
-        self._paging, self._shift, self._kept_level = _paging(
+        self._paging, self._shift, self._kept_level, self._fetched = _paging(
             state.cr0, state.cr3, state.cr4, state.efer
         )
+        self._walked: tuple[Entry, ...] = ()  # the entries of the last walk that came through
         self._user = state.cpl == 3
         self._ac = bool(state.rflags & X86_EFLAGS_AC)
+        # By the address's neighbourhood: the table of its pages, and that of such tables.
         self._tables: dict[int, Table] = {}
-        self._tabled: set[tuple[int, AccessKind]] = set()
+        self._directories: dict[int, Table] = {}
+        self._tabled: set[int] = set()  # pages of tables, with the kind of access
 
     def fetch(self, address: int, size: int) -> bytes | None:
         """Follow the fetch of ``size`` bytes in one page; they, or ``None`` where it ends."""
-        if not self._part(AccessKind.FETCH, Role.FETCH, True, False, address, 1):
-            return None
+        first = not self.steps and not self._tables
+        if not (first and self._fetched_before(address)):
+            if not self._part(AccessKind.FETCH, Role.FETCH, True, False, address, 1):
+                return None
+            if first:
+                self._remember(address)
         gpa = self.steps[-1].gpa
         code = None if gpa is None else self._memory.read(gpa, size)
         self.ended = code is None
         return code
+
+    def _fetched_before(self, address: int) -> bool:
+        """Put an earlier walk on the trail, if every entry of it still is what it was."""
+        before = self._fetched.get((address, self._user))
+        if before is None:
+            return False
+        read, size = self._memory.read_entry, self._paging.entry_size
+        for gpa, entry, _ in before.entries:
+            if read(gpa, size) != entry:
+                return False
+        self.steps += before.steps
+        self._tabled |= before.tabled
+        self._tables.update(before.tables)
+        self._directories.update(before.directories)
+        return True
+
+    def _remember(self, address: int) -> None:
+        fetched = self._fetched
+        if len(fetched) >= _MAX_FETCHED:
+            fetched.clear()
+        fetched[address, self._user] = _Fetched(
+            self._walked,
+            tuple(self.steps),
+            frozenset(self._tabled),
+            self._tables.copy(),
+            self._directories.copy(),
+        )
 
     def add(self, access: MemoryAccess) -> None:
         """Follow one access; what comes after the end of the trail is not followed."""
@@ -128,20 +199,22 @@ class Trail:
     def fork(self) -> Trail:
         """Another trail of the same vCPU, empty, that knows the tables walked to on this one."""
         other = Trail(self._state, self._memory)
-        other._tables = self._tables
+        other._tables, other._directories = self._tables, self._directories
         return other
 
     def _part(
         self, kind: AccessKind, role: Role, certain: bool, system: bool, address: int, size: int
     ) -> bool:
         """Follow the part of an access in one page; whether the processor gets past it."""
-        result = self._walk(address, kind, system)
+        result = self._walk(address, kind, system, certain)
         if type(result) is Translation:
-            self._entries(result, address, certain)
+            self._walked = result.entries
+            if result.entries:
+                self._entries(result.entries, result.updates, address, certain)
             self.steps.append(Step(result.gpa, size, kind, role, certain, address))
             return True
         if isinstance(result, (PageFault, EntryUnreadable)):
-            self._entries(result, address, certain)
+            self._entries(result.entries, (), address, certain)
         if isinstance(result, EntryUnreadable):
             gpa, level = result.entry_gpa, result.level
             step = Step(gpa, result.size, _READ, None, certain, None, address, level)
@@ -152,36 +225,43 @@ class Trail:
         return False
 
     def _entries(
-        self, result: Translation | PageFault | EntryUnreadable, via: int, certain: bool
+        self,
+        entries: tuple[Entry, ...],
+        updates: tuple[EntryUpdate, ...],
+        via: int,
+        certain: bool,
     ) -> None:
-        if not result.entries:
-            return
-        updates = result.updates if type(result) is Translation else ()
         updated = {gpa for gpa, _, _ in updates} if updates else ()
         size, kept = self._paging.entry_size, self._kept_level
-        tabled = self._tabled
-        for gpa, _, level in result.entries:
+        tabled, steps = self._tabled, self.steps
+        for gpa, _, level in entries:
             kind = _READ_WRITE if gpa in updated else _READ
-            page = gpa >> 12, kind
+            page = gpa >> 12 << 2 | kind
             if page in tabled:
                 continue  # that table is on the trail already: one step to a page is enough
             sure = certain and level != kept
             if sure:
                 tabled.add(page)
-            self.steps.append(Step(gpa, size, kind, None, sure, None, via, level))
+            steps.append(Step(gpa, size, kind, None, sure, None, via, level))
 
-    def _walk(self, address: int, kind: AccessKind, system: bool) -> WalkResult:
-        """Walk from the neighbourhood's last table: the levels above are on the trail already."""
-        key = address >> self._shift
-        table = self._tables.get(key) if self._shift else None
+    def _walk(self, address: int, kind: AccessKind, system: bool, certain: bool) -> WalkResult:
+        """Walk from the lowest table that is known: those above are on the trail already."""
+        shift = self._shift
+        if not shift:
+            return walk(self._paging, address, kind, self._user, self._memory.read_entry)
+        key = address >> shift
+        table = self._tables.get(key) or self._directories.get(key >> _INDEX_BITS)
         user, ac, entry = self._user, self._ac, self._memory.read_entry
         if table is not None:
-            return walk_from(
+            result = walk_from(
                 self._paging, table, address, kind, user, entry, ac=ac, implicit=system
             )
-        result = walk(self._paging, address, kind, user, entry, ac=ac, implicit=system)
-        if type(result) is Translation and result.table is not None and result.table.level == 1:
-            self._tables[key] = result.table
+        else:
+            result = walk(self._paging, address, kind, user, entry, ac=ac, implicit=system)
+        if type(result) is Translation and (found := result.table) and found.level == 1:
+            self._tables[key] = found
+            if certain and table is None and len(result.entries) >= _LONG_MODE_LEVELS:
+                self._directories[key >> _INDEX_BITS] = _directory(result.entries)
         return result
 
     def _end(self, vector: int) -> None:
