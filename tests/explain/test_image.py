@@ -146,7 +146,19 @@ def test_an_image_that_is_not_there() -> None:
         MemoryImage.open("/")
 
 
-@settings(max_examples=60, deadline=None)
+def test_a_segment_past_the_end_of_the_file_is_not_there(tmp_path: Path) -> None:
+    core = bytearray(elf_core([(0, b"here" * 16), (0x1000, b"gone" * 16)]))
+    phoff = int.from_bytes(core[32:40], "little")
+    where = phoff + 2 * 56 + 8  # p_offset of the second, after the note and the first
+    core[where : where + 8] = (1 << 63).to_bytes(8, "little")
+    path = tmp_path / "core"
+    path.write_bytes(core)
+    with MemoryImage.open(str(path)) as image:
+        assert image.read(0, 4) == b"here"
+        assert image.read(0x1000, 4) is None
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_no_elf_header_raises_anything_else(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -98,6 +98,7 @@ def _elf_pieces(fd: int, path: str, magic: bytes) -> tuple[_Piece, ...]:
         raise ExplainError(path, "not a little-endian ELF file")
     # e_phoff, e_shoff, e_phentsize, e_phnum: elf(5)
     header = os.pread(fd, 64, 0)
+    file_size = os.fstat(fd).st_size
     try:
         phoff, shoff = struct.unpack_from("<QQ" if wide else "<II", header, 32 if wide else 28)
         entry_size, count = struct.unpack_from("<HH", header, 54 if wide else 42)
@@ -111,7 +112,9 @@ def _elf_pieces(fd: int, path: str, magic: bytes) -> tuple[_Piece, ...]:
                 kind, _, offset, _, gpa, size = struct.unpack_from("<IIQQQQ", table, at)
             else:
                 kind, offset, _, gpa, size = struct.unpack_from("<IIIII", table, at)
-            if kind == _PT_LOAD and size:
+            # A file that was cut off has the first bytes of a segment, or none of it.
+            size = min(size, file_size - offset)
+            if kind == _PT_LOAD and size > 0:
                 pieces.append(_Piece(gpa, size, offset))
     except (struct.error, OverflowError):
         raise ExplainError(path, "an ELF file whose headers are cut off") from None
