@@ -113,8 +113,8 @@ class Userfaultfd:
     ) -> Self:
         """A new userfaultfd, with all of ``required`` and what the kernel has of ``features``.
 
-        With ``user_mode_only`` an access in kernel mode fails (EFAULT) instead of sleeping.  That
-        is of no use to one whose pages KVM touches.  ``ways`` are those of
+        With ``user_mode_only`` an access in kernel mode fails (EFAULT) instead of sleeping, KVM's
+        among them.  It needs no privilege.  ``ways`` are those of
         :mod:`guestfault.linux.userfaultfd_open`.
 
         Raises :class:`~guestfault.errors.Unavailable` if none of the ways is open to this process,

@@ -7,7 +7,8 @@ view            a page is absent when                      needs
 ==============  =========================================  =======================================
 Unpopulated     it is not in our page tables               a KVM whose slots can exit on a missing
                                                            page; no privileges
-Registered      userfaultfd has not let it in              userfaultfd that handles kernel faults
+Registered      userfaultfd has not let it in              userfaultfd; to sleep in the page rather
+                                                           than fail, one that handles kernel faults
 Protected       it is PROT_NONE                            nothing, but a VMA for every hole
 ==============  =========================================  =======================================
 
@@ -95,7 +96,8 @@ class Registered:
 
     Registered for missing *and* minor faults: with minor alone, shmem fills a page that is in no
     cache with zeros and asks nobody.  With ``sigbus`` an access fails (EFAULT in KVM_RUN) instead
-    of sleeping until a handler of :attr:`uffd`'s events has let the page in.
+    of sleeping until a handler of :attr:`uffd`'s events has let the page in.  An access that fails
+    needs no privilege: then a userfaultfd for user mode only will do, which every user may have.
 
     Raises :class:`~guestfault.errors.Unavailable` where userfaultfd is not to be had.
     """
@@ -104,9 +106,12 @@ class Registered:
         self._ram = ram
         self.name = "userfaultfd, failing" if sigbus else "userfaultfd, waiting"
         required = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM
-        self.uffd = Userfaultfd.open(
-            Feature.THREAD_ID, required=required | (Feature.SIGBUS if sigbus else 0)
-        )
+        if sigbus:
+            self.uffd = Userfaultfd.open(
+                Feature.THREAD_ID, required=required | Feature.SIGBUS, user_mode_only=True
+            )
+        else:
+            self.uffd = Userfaultfd.open(Feature.THREAD_ID, required=required)
         try:
             self.uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
         except BaseException:
