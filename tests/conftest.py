@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -47,3 +50,30 @@ def tracefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracefs]:
             pytest.skip(f"tracefs cannot be mounted: {child.stderr.read().strip()}")
         yield Tracefs(Path(f"/proc/{child.pid}/root{where}"))
         child.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def in_child() -> Callable[[Callable[[], Any]], Any]:
+    """Run a function in a child process, which it may spoil or end, and return its result."""
+    return _in_child
+
+
+def _in_child(function: Callable[[], Any]) -> Any:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            answer = ("result", function())
+        except BaseException:
+            answer = ("failure", traceback.format_exc())
+        with os.fdopen(writer, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        pickled = pipe.read()
+    os.waitpid(child, 0)
+    kind, value = pickle.loads(pickled)
+    assert kind == "result", value
+    return value

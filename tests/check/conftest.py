@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +16,7 @@ InChild = Callable[[Callable[[], Any]], Any]
 
 
 @pytest.fixture(scope="session")
-def in_child() -> InChild:
-    """Run a function in a child process, which it may spoil, and return its result."""
-    return _in_child
-
-
-@pytest.fixture(scope="session")
-def as_nobody() -> InChild:
+def as_nobody(in_child: InChild) -> InChild:
     """Run a function in a child process of an unprivileged user, and return its result.
 
     A child by fork, for the interpreter itself may lie where that user cannot reach it.  If the
@@ -36,7 +28,7 @@ def as_nobody() -> InChild:
             _become_nobody()
             return function()
 
-        return _in_child(drop_and_call)
+        return in_child(drop_and_call)
 
     return run
 
@@ -48,24 +40,3 @@ def _become_nobody() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
         # A process that changed its user hides its own /proc files from itself until execve.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
-
-
-def _in_child(function: Callable[[], Any]) -> Any:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        try:
-            answer = ("result", function())
-        except BaseException:
-            answer = ("failure", traceback.format_exc())
-        with os.fdopen(writer, "wb") as pipe:
-            pickle.dump(answer, pipe)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        pickled = pipe.read()
-    os.waitpid(child, 0)
-    kind, value = pickle.loads(pickled)
-    assert kind == "result", value
-    return value

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 from guestfault.errors import GuestfaultError
 from guestfault.fault.access import Access
+from guestfault.memory.ram import PAGE_SIZE
 
 __all__ = ["FaultLoopError", "RepeatGuard"]
-
-PAGE_SIZE = 4096
 
 
 class FaultLoopError(GuestfaultError):

@@ -164,7 +164,6 @@ class Cpu:
         self._outside.save()
         self._entering = False
         self._retranslate = False
-        self._in_guest = False
         self._stop: Stop | None = None
         self.efer = 0  # kept here: an MSR read in guest mode is an intercept, even from outside
         self.msrs = dict.fromkeys(
@@ -226,7 +225,6 @@ class Cpu:
         engine.flush_tlb()
         engine.start(_ENTRY)  # fails as the guest's first instruction is fetched: VMRUN is done
         self._entering = False
-        self._in_guest = True
         self.efer = sregs.efer
         engine.flush_tlb()
         self._gprs.write()

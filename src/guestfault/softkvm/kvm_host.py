@@ -59,7 +59,6 @@ class Kvm:
     second_stage: SecondStage = field(default_factory=SecondStage)
     memslots: Memslots = field(default_factory=Memslots)
     slots_lock: threading.Lock = field(default_factory=threading.Lock)
-    vcpus: dict[int, KvmVcpu] = field(default_factory=dict)
     # The dialect's answers to what every fault asks; a set of enumeration members is slow to ask.
     missing_flag: int = field(init=False)
     annotates_error_pfn: bool = field(init=False)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["KVM_USER_MEM_SLOTS", "KvmMemorySlot", "Memslots", "kvm_set_memory_region"]
+__all__ = ["KVM_USER_MEM_SLOTS", "PAGE_SIZE", "KvmMemorySlot", "Memslots", "kvm_set_memory_region"]
 
 KVM_USER_MEM_SLOTS = 32764  # what x86 reports for KVM_CAP_NR_MEMSLOTS since 5.12
 _MAX_PAGES = 1 << 31  # KVM_MEM_MAX_NR_PAGES + 1
-_PAGE = 4096
+PAGE_SIZE = 4096
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class KvmMemorySlot:
 
     def hva_of_gfn(self, gfn: int) -> int:
         """The host address that backs a frame of this slot."""
-        return self.userspace_addr + (gfn - self.base_gfn) * _PAGE
+        return self.userspace_addr + (gfn - self.base_gfn) * PAGE_SIZE
 
     def mark_page_dirty(self, gfn: int) -> None:
         """Set the frame's bit in the dirty log, if the slot keeps one."""
@@ -82,7 +82,7 @@ def kvm_set_memory_region(
     bad = -errno.EINVAL, None, None
     if mem.flags & ~valid_flags:
         return bad
-    if (mem.memory_size | mem.guest_phys_addr | mem.userspace_addr) & (_PAGE - 1):
+    if (mem.memory_size | mem.guest_phys_addr | mem.userspace_addr) & (PAGE_SIZE - 1):
         return bad
     if mem.guest_phys_addr + mem.memory_size >= 1 << 64 or mem.memory_size >> 12 >= _MAX_PAGES:
         return bad

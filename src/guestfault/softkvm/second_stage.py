@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import threading
 
-from guestfault.softkvm.memslots import KvmMemorySlot, Memslots
+from guestfault.softkvm.memslots import PAGE_SIZE, KvmMemorySlot, Memslots
 
 __all__ = ["PAGE_SIZE", "PT_READ", "PT_WRITABLE", "SecondStage"]
 
-PAGE_SIZE = 4096
 PT_READ = 1
 PT_WRITABLE = 2
 

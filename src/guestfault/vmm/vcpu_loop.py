@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Callable
+from typing import NoReturn
 
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.errors import GuestfaultError
@@ -133,12 +134,11 @@ class VcpuLoop:
 
     def _internal_error(self, error: InternalError) -> None:
         """KVM's emulator gave an instruction up: perhaps because it could not fetch it."""
-        access = self._locators.standing_at() if self._locators is not None else None
-        fetch = access is not None and access.kind is AccessKind.FETCH
-        if not fetch and not self._stopping():
-            code = f" at bytes {error.instruction.hex(' ')}" if error.instruction else ""
-            self._stop(f"KVM internal error, suberror {error.suberror}{code}")
-        if access is not None and fetch and not self._stopping():
+        if not self._stopping():
+            access = self._locators.standing_at() if self._locators is not None else None
+            if access is None or access.kind is not AccessKind.FETCH:
+                code = f" at bytes {error.instruction.hex(' ')}" if error.instruction else ""
+                self._stop(f"KVM internal error, suberror {error.suberror}{code}")
             self.resolver.resolve_fetch(access)
         # KVM has queued an invalid-opcode exception along with the exit
         # (handle_emulation_failure, arch/x86/kvm/x86.c); KVM_SET_REGS takes it back.
@@ -168,7 +168,7 @@ class VcpuLoop:
         """Where the vCPU stands."""
         return int(self.vcpu.get_regs().rip)
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, what: str) -> NoReturn:
         raise GuestStoppedError(self.vcpu.vcpu_id, self.rip, what)
 
     def _in_slot(self, gpa: int) -> bool:

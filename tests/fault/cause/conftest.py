@@ -7,10 +7,7 @@ write after the access tells that it completed.
 
 from __future__ import annotations
 
-import os
-import pickle
 import struct
-import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -180,30 +177,3 @@ def open_uffd() -> Iterator[Callable[..., Userfaultfd]]:
     yield open_
     for uffd in opened:
         uffd.close()
-
-
-@pytest.fixture
-def in_child() -> Callable[[Callable[[], Any]], Any]:
-    """Run a function in a child process, which it may end, and return its result."""
-    return _in_child
-
-
-def _in_child(function: Callable[[], Any]) -> Any:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        try:
-            answer = ("result", function())
-        except BaseException:
-            answer = ("failure", traceback.format_exc())
-        with os.fdopen(writer, "wb") as pipe:
-            pickle.dump(answer, pipe)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        pickled = pipe.read()
-    os.waitpid(child, 0)
-    kind, value = pickle.loads(pickled)
-    assert kind == "result", value
-    return value
