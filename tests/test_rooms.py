@@ -31,6 +31,7 @@ ROOMS = (
     "paging",
     "guest",
     "vmm",
+    "explore",
     "explain",
     "check",
     "cli",

@@ -5,12 +5,8 @@ import errno
 import pytest
 
 from guestfault.fault.outcome import BareFault, Io, MemoryFault
-from guestfault.softkvm.efault import (
-    kvm_get_running_vcpu,
-    kvm_handle_efault,
-    vcpu_load,
-    vcpu_put,
-)
+from guestfault.softkvm.efault import kvm_handle_efault
+from guestfault.softkvm.kvm_host import kvm_get_running_vcpu, vcpu_load, vcpu_put
 from guestfault.uapi import kvm as uapi
 from guestfault.uapi.mman import PROT_NONE, PROT_READ, PROT_WRITE
 

@@ -7,9 +7,10 @@ import pytest
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.dialect.published import LINUX_6_8, SEED
 from guestfault.fault.outcome import BareFault
-from guestfault.softkvm.efault import vcpu_load, vcpu_put
+from guestfault.softkvm.kvm_host import vcpu_load, vcpu_put
 from guestfault.softkvm.memslots import KvmMemorySlot
-from guestfault.softkvm.mmu import RetPf, kvm_mmu_do_page_fault
+from guestfault.softkvm.mmu import kvm_mmu_do_page_fault
+from guestfault.softkvm.mmu_internal import RetPf
 from guestfault.softkvm.second_stage import PT_READ, PT_WRITABLE
 from guestfault.softkvm.vm import SoftVm
 from guestfault.uapi import kvm as uapi
@@ -47,6 +48,12 @@ class ModelMm:
 
     def copy_to_user(self, hva, data):
         return True
+
+    def mmu_notifier_register(self, notifier):
+        pass
+
+    def mmu_notifier_unregister(self, notifier):
+        pass
 
 
 class Fixture:

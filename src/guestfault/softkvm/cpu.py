@@ -21,39 +21,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import functools
 import mmap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import unicorn
 from unicorn import x86_const as ux
 
 from guestfault.softkvm.engine import Engine, Registers, State, error_text
 from guestfault.softkvm.planted import Planted
+from guestfault.softkvm.processor import (
+    DEVICE_WINDOW,
+    GPRS,
+    MAX_PHYS,
+    REFUSED,
+    REQUESTED,
+    STEPPED,
+    TRAP,
+    Hooks,
+    Stop,
+    StopKind,
+)
 from guestfault.softkvm.segment_cache import SegmentCache, find_offset, read_segments
-from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION, VMCB_SIZE, fill_vmcb
+from guestfault.softkvm.vmcb import VMCB_SIZE, fill_vmcb
 from guestfault.uapi import kvm as uapi
-from guestfault.x86.registers import CR4_PAE, DB_VECTOR, EFER_LMA, X86_EFLAGS_TF
+from guestfault.x86.registers import CR4_PAE, EFER_LMA, X86_EFLAGS_TF
 
-__all__ = [
-    "DEVICE_WINDOW",
-    "GPRS",
-    "MAX_PHYS",
-    "REFUSED",
-    "REQUESTED",
-    "TRAP",
-    "Access",
-    "Cpu",
-    "Stop",
-    "StopKind",
-]
+__all__ = ["Cpu"]
 
-MAX_PHYS = 1 << 46
-"""Guest physical addresses lie below this."""
-DEVICE_WINDOW = MAX_PHYS
-"""Engine-physical address of the device window: an access at DEVICE_WINDOW + gpa is a call."""
 _PRIVATE = DEVICE_WINDOW + MAX_PHYS
 _CODE, _HSAVE, _VMCB, _BITMAPS = 0x0000, 0x1000, 0x2000, 0x3000
 _PRIVATE_SIZE = 0x7000
@@ -64,12 +59,6 @@ _MSR_EFER, _MSR_VM_HSAVE_PA = 0xC0000080, 0xC0010117
 _EFER_SVME = 1 << 12
 _VMEXIT = 0x100  # Unicorn reports a #VMEXIT as interrupt number 0x100 + code
 
-GPRS = (
-    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
-    *(f"r{i}" for i in range(8, 16)),
-    *("rip", "rflags"),
-)
-"""The general registers, in the order of ``struct kvm_regs``."""
 _GPR_IDS = {name: getattr(ux, f"UC_X86_REG_{name.upper()}") for name in GPRS}
 # What VMRUN does not load and leaving guest mode resets: carried over by hand.
 _CARRIED_IDS = [
@@ -81,61 +70,15 @@ _CARRIED_IDS = [
 _SENTINEL = 0x7A5C_93E1_0B4D_68F2  # a segment base that occurs nowhere else in a processor's state
 
 
-class Access(enum.IntEnum):
-    """Why the TLB is asked; the numbers are Unicorn's."""
-
-    READ = unicorn.UC_MEM_READ
-    WRITE = unicorn.UC_MEM_WRITE
-    FETCH = unicorn.UC_MEM_FETCH
-
-
-class StopKind(enum.Enum):
-    """What :meth:`Cpu.run` and :meth:`Cpu.step` came back for."""
-
-    REFUSED = enum.auto()  # tlb_fill said no
-    INTERCEPT = enum.auto()  # a #VMEXIT; Stop.code is its number
-    PLANTED = enum.auto()  # an instruction that KVM must perform is next
-    REQUESTED = enum.auto()  # stop() was called
-    STEPPED = enum.auto()  # the one instruction has completed
-    LOST = enum.auto()  # the engine gave up for a reason it did not give; Stop.text is its error
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Why the processor stopped.  RIP is on the instruction that has not completed."""
-
-    kind: StopKind
-    code: int = 0
-    text: str = ""
-
-
-REFUSED = Stop(StopKind.REFUSED)
-REQUESTED = Stop(StopKind.REQUESTED)
 _PLANTED = Stop(StopKind.PLANTED)
-_STEPPED = Stop(StopKind.STEPPED)
-TRAP = Stop(StopKind.INTERCEPT, INTERCEPT_EXCEPTION + DB_VECTOR)
-
-TlbFill = Callable[[int, int], "tuple[int, int] | None"]
-"""``(gva, access) -> (physical page, rights)``, or ``None`` to refuse."""
 
 
 class Cpu:
-    """One processor.  All methods but :meth:`stop` belong to the thread that runs it.
+    """A :class:`~guestfault.softkvm.processor.Processor` that executes real guest code."""
 
-    ``tlb_fill`` is asked on a TLB miss.  ``fetch(linear, size)`` reads code bytes that have been
-    translated, or gives ``None`` if they are not there any more.  ``device_read(gpa, size)`` and
-    ``device_write(gpa, size, value)`` are the device window.
-    """
-
-    def __init__(
-        self,
-        tlb_fill: TlbFill,
-        fetch: Callable[[int, int], bytes | None],
-        device_read: Callable[[int, int], int],
-        device_write: Callable[[int, int, int], None],
-    ) -> None:
-        self._tlb_fill = tlb_fill
-        self._fetch = fetch
+    def __init__(self, hooks: Hooks) -> None:
+        self._tlb_fill = hooks.tlb_fill
+        self._fetch = hooks.fetch
         # The model must be named for its SVM to be on.
         self._engine = engine = Engine(ux.UC_CPU_X86_EPYC)
         self._private = mmap.mmap(-1, _PRIVATE_SIZE)
@@ -145,7 +88,7 @@ class Cpu:
             anchor = ctypes.c_char.from_buffer(view)
             engine.map(_PRIVATE, _PRIVATE_SIZE, ctypes.addressof(anchor))
             del anchor
-        engine.map_devices(DEVICE_WINDOW, MAX_PHYS, device_read, device_write)
+        engine.map_devices(DEVICE_WINDOW, MAX_PHYS, hooks.device_read, hooks.device_write)
         engine.hook_tlb_fill(self._on_tlb_miss)
         engine.hook_interrupt(self._on_interrupt)
         engine.hook_new_block(self._on_new_block)
@@ -339,7 +282,7 @@ class Cpu:
         if not rflags & X86_EFLAGS_TF:
             self.set("rflags", self.get("rflags") & ~X86_EFLAGS_TF)
             if stop == TRAP:
-                return _STEPPED
+                return STEPPED
         return stop
 
     @contextlib.contextmanager
@@ -394,7 +337,7 @@ class Cpu:
 @functools.cache
 def _segment_offset() -> int:
     """Found once per process, on a processor made for it."""
-    cpu = Cpu(lambda *_: None, lambda *_: None, lambda *_: 0, lambda *_: None)
+    cpu = Cpu(Hooks(lambda *_: None, lambda *_: None, lambda *_: 0, lambda *_: None))
     sregs = uapi.kvm_sregs()
     sregs.es.base = _SENTINEL
     sregs.cr0 = 0x10

@@ -8,35 +8,12 @@ another exit.  Its remedy is the guard here: the vCPU must be the one that this 
 from __future__ import annotations
 
 import errno
-import threading
 import warnings
 
 from guestfault.dialect.record import Guard
-from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.kvm_host import KvmVcpu, kvm_get_running_vcpu
 
-__all__ = ["kvm_get_running_vcpu", "kvm_handle_efault", "vcpu_load", "vcpu_put"]
-
-
-class _PerCpu(threading.local):
-    kvm_running_vcpu: KvmVcpu | None = None
-
-
-_this_cpu = _PerCpu()
-
-
-def kvm_get_running_vcpu() -> KvmVcpu | None:
-    """The vCPU that this thread has loaded."""
-    return _this_cpu.kvm_running_vcpu
-
-
-def vcpu_load(vcpu: KvmVcpu) -> None:
-    """Make ``vcpu`` this thread's running vCPU, as every vCPU ioctl does first."""
-    _this_cpu.kvm_running_vcpu = vcpu
-
-
-def vcpu_put() -> None:
-    """The thread has no running vCPU any more."""
-    _this_cpu.kvm_running_vcpu = None
+__all__ = ["kvm_handle_efault"]
 
 
 def kvm_handle_efault(vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> int:

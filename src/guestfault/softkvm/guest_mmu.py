@@ -18,9 +18,11 @@ from collections.abc import Iterator
 
 from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
-from guestfault.softkvm.cpu import DEVICE_WINDOW, Access
 from guestfault.softkvm.kvm_host import KvmVcpu, Walked
-from guestfault.softkvm.mmu import RetPf, kvm_mmu_do_page_fault
+from guestfault.softkvm.mmu import kvm_mmu_do_page_fault
+from guestfault.softkvm.mmu_internal import RetPf
+from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.processor import DEVICE_WINDOW, Access
 from guestfault.softkvm.refusal import (
     AccessFailed,
     Emulate,
@@ -254,6 +256,7 @@ def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
     """The second-stage entry that allows the access, faulted in if need be; 0 if refused."""
     sptes = vcpu.kvm.second_stage.sptes
     while True:
+        preemption_point("guest_mmu: read the SPTE", "mmu")
         spte = sptes.get(gpa >> 12, 0)
         if spte and (spte & PT_WRITABLE or kind is not _WRITE):
             return spte

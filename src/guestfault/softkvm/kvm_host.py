@@ -7,21 +7,32 @@ them and does its part.  What userspace holds are the objects of :mod:`guestfaul
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from guestfault.dialect.record import Dialect, Site
-from guestfault.softkvm.cpu import MAX_PHYS, REQUESTED, Cpu, Stop
 from guestfault.softkvm.memslots import Memslots
 from guestfault.softkvm.mm import Mm
+from guestfault.softkvm.preempt import preemption_point, wait
+from guestfault.softkvm.processor import MAX_PHYS, REQUESTED, MakeProcessor, Processor, Stop
 from guestfault.softkvm.refusal import GuestException, Refusal, Retry
 from guestfault.softkvm.second_stage import SecondStage
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import PagingState, Table
 from guestfault.x86.registers import CR0_PE, CR0_PG, CR4_SMAP, EFER_LMA, X86_EFLAGS_AC
 
-__all__ = ["Kvm", "KvmVcpu", "Request", "VcpuStat", "kvm_check_request", "kvm_make_request"]
+__all__ = [
+    "Kvm",
+    "KvmVcpu",
+    "Request",
+    "VcpuStat",
+    "kvm_check_request",
+    "kvm_get_running_vcpu",
+    "kvm_make_request",
+    "vcpu_load",
+    "vcpu_put",
+]
 
 MAX_PHYS_BITS = MAX_PHYS.bit_length() - 1
 
@@ -56,6 +67,9 @@ class Kvm:
 
     dialect: Dialect
     mm: Mm
+    tdp_enabled: bool = True
+    """Two-dimensional paging (NPT, EPT); without it KVM keeps shadow page tables."""
+    make_processor: MakeProcessor | None = None
     second_stage: SecondStage = field(default_factory=SecondStage)
     memslots: Memslots = field(default_factory=Memslots)
     slots_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -107,10 +121,11 @@ class KvmVcpu:
         self.device_pages: dict[int, int] | None = None
         self.system_page: int | None = None  # linear; what the processor accesses for itself
         self.refused_fetch: int | None = None  # linear; the TLB miss refused last was this fetch
-        self.cpu: Cpu  # set by the owner of the vCPU: its hooks are functions over this structure
+        self.cpu: Processor  # set by the owner: its hooks are functions over this structure
 
     def enter_guest(self, execute: Callable[[], Stop]) -> Stop:
         """Have the processor execute guest code; REQUESTED if a request must be served first."""
+        preemption_point("vcpu_enter_guest: enter", ("requests", self.vcpu_id), True)
         self.in_guest_mode = True
         if self.requests:
             # Made before we were in guest mode: nobody would stop us.
@@ -119,6 +134,7 @@ class KvmVcpu:
         try:
             return execute()
         finally:
+            preemption_point("vcpu_enter_guest: leave", ("requests", self.vcpu_id), True)
             with self.mode_lock:
                 self.in_guest_mode = False
 
@@ -164,27 +180,53 @@ class KvmVcpu:
         return self.sregs
 
 
+# A context variable, so that a coroutine can stand for a thread.
+_kvm_running_vcpu: ContextVar[KvmVcpu | None] = ContextVar("kvm_running_vcpu", default=None)
+
+
+def kvm_get_running_vcpu() -> KvmVcpu | None:
+    """The vCPU that this thread has loaded."""
+    return _kvm_running_vcpu.get()
+
+
+def vcpu_load(vcpu: KvmVcpu) -> None:
+    """Make ``vcpu`` this thread's running vCPU, as every vCPU ioctl does first."""
+    _kvm_running_vcpu.set(vcpu)
+
+
+def vcpu_put() -> None:
+    """The thread has no running vCPU any more."""
+    _kvm_running_vcpu.set(None)
+
+
 def kvm_make_request(vcpu: KvmVcpu, request: int) -> None:
     """Also ``kvm_vcpu_kick``: returns when the vCPU has been outside guest mode since.
 
     It may be in again: then it has taken the request, as it must on the way.
     """
+    shared = "requests", vcpu.vcpu_id
+    preemption_point("kvm_make_request: set the bit", shared, True)
     with vcpu.requests_lock:
         vcpu.requests |= request
-    while vcpu.in_guest_mode and vcpu.requests & request:
+
+    def left() -> bool:
+        if not (vcpu.in_guest_mode and vcpu.requests & request):
+            return True
         with vcpu.mode_lock:
             if vcpu.in_guest_mode:
+                # One that comes before the processor has begun is lost: it is repeated.
                 vcpu.cpu.stop()
-        if vcpu.thread == threading.get_ident():
-            return  # a signal handler, called in the midst of a hook: the run ends with that
-        # A stop that comes before the processor has begun is lost: repeat it.
-        time.sleep(20e-6)
+        # A signal handler, called in the midst of a hook: the run ends with that.
+        return kvm_get_running_vcpu() is vcpu
+
+    wait("kvm_make_request: until it has left guest mode", shared, left)
 
 
 def kvm_check_request(vcpu: KvmVcpu, request: int) -> bool:
     """Whether there is such a request; it is taken."""
     if not vcpu.requests & request:
         return False
+    preemption_point("kvm_check_request: take the bit", ("requests", vcpu.vcpu_id), True)
     with vcpu.requests_lock:
         vcpu.requests &= ~request
     return True

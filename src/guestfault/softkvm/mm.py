@@ -49,6 +49,12 @@ class Mm(Protocol):
     def copy_to_user(self, hva: int, data: bytes) -> bool:
         """Write bytes inside one page; ``False`` if they cannot be written."""
 
+    def mmu_notifier_register(self, notifier: mmu_notifier.MmuNotifier) -> None:
+        """Tell it from now on when pages are taken away."""
+
+    def mmu_notifier_unregister(self, notifier: mmu_notifier.MmuNotifier) -> None:
+        """Tell it no more."""
+
 
 class HostMm:
     """This process's own memory.
@@ -104,6 +110,14 @@ class HostMm:
     def copy_to_user(self, hva: int, data: bytes) -> bool:
         """See :meth:`Mm.copy_to_user`."""
         return process_memory.write(hva, data)
+
+    def mmu_notifier_register(self, notifier: mmu_notifier.MmuNotifier) -> None:
+        """See :meth:`Mm.mmu_notifier_register`."""
+        mmu_notifier.register(notifier)
+
+    def mmu_notifier_unregister(self, notifier: mmu_notifier.MmuNotifier) -> None:
+        """See :meth:`Mm.mmu_notifier_unregister`."""
+        mmu_notifier.unregister(notifier)
 
     def close(self) -> None:
         """Close ``/proc/self/pagemap``.  Again is harmless."""

@@ -12,10 +12,10 @@ out, one single step with a *device window* where the missing memory would be, a
 
 from __future__ import annotations
 
-from guestfault.softkvm.cpu import DEVICE_WINDOW, TRAP, StopKind
 from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.processor import DEVICE_WINDOW, TRAP, StopKind
 from guestfault.softkvm.refusal import AccessFailed, Emulate, GuestException
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import DB_VECTOR

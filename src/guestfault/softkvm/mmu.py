@@ -11,14 +11,12 @@ the page up without the lock, takes the lock, and starts again if something was 
 
 from __future__ import annotations
 
-import enum
 import errno
-from dataclasses import dataclass
 
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.softkvm.efault import kvm_handle_efault
 from guestfault.softkvm.kvm_host import KvmVcpu
-from guestfault.softkvm.memslots import KvmMemorySlot
+from guestfault.softkvm.mmu_internal import KvmPageFault, RetPf
 from guestfault.softkvm.pfn import (
     KVM_PFN_ERR_HWPOISON,
     KVM_PFN_ERR_RO_FAULT,
@@ -27,42 +25,20 @@ from guestfault.softkvm.pfn import (
     gfn_to_pfn_memslot,
     is_error_pfn,
 )
+from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import PFERR_WRITE_MASK
 
-__all__ = ["KvmPageFault", "RetPf", "kvm_mmu_do_page_fault"]
+__all__ = ["kvm_mmu_do_page_fault"]
 
 
-class RetPf(enum.IntEnum):
-    """``RET_PF_*`` of arch/x86/kvm/mmu/mmu_internal.h: all >= 0, so -errno fits beside them."""
-
-    CONTINUE = 0
-    RETRY = 1
-    EMULATE = 2
-    INVALID = 3
-    FIXED = 4
-    SPURIOUS = 5
-
+# What other threads share with the fault path, as preemption points name it.
+_MMU, _MEMSLOTS = "mmu", "memslots"
 
 # An attribute of an enumeration is a slow thing to ask for, and a fault asks several times.
 _CONTINUE, _RETRY, _EMULATE = RetPf.CONTINUE, RetPf.RETRY, RetPf.EMULATE
 _FIXED, _SPURIOUS = RetPf.FIXED, RetPf.SPURIOUS
-
-
-@dataclass(slots=True)
-class KvmPageFault:
-    """``struct kvm_page_fault``: one access on its way through the fault path."""
-
-    addr: int
-    error_code: int
-    prefetch: bool
-    gfn: int
-    write: bool
-    slot: KvmMemorySlot | None = None
-    mmu_seq: int = 0
-    pfn: int = KVM_PFN_NOSLOT
-    map_writable: bool = False
 
 
 def kvm_mmu_do_page_fault(
@@ -96,11 +72,14 @@ def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """A fault under two-dimensional paging: find the page, then install its entry."""
     stage = vcpu.kvm.second_stage
     # Read the sequence before anything is looked up: what changes later changes it too.
+    preemption_point("direct_page_fault: read mmu_invalidate_seq", _MMU)
     fault.mmu_seq = stage.mmu_invalidate_seq
+    preemption_point("direct_page_fault: find the slot", _MEMSLOTS)
     fault.slot = vcpu.kvm.memslots.gfn_to_memslot(fault.gfn)
     r = kvm_faultin_pfn(vcpu, fault)
     if r != _CONTINUE:
         return r
+    preemption_point("direct_page_fault: take mmu_lock", _MMU, True)
     with stage.mmu_lock:
         if stage.mmu_invalidate_retry(fault.mmu_seq):
             return _RETRY

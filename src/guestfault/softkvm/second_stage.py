@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 
 from guestfault.softkvm.memslots import PAGE_SIZE, KvmMemorySlot, Memslots
+from guestfault.softkvm.preempt import preemption_point
 
 __all__ = ["PAGE_SIZE", "PT_READ", "PT_WRITABLE", "SecondStage"]
 
@@ -34,6 +35,7 @@ class SecondStage:
 
     def invalidate_range_start(self, memslots: Memslots, start: int, end: int) -> bool:
         """Zap what maps the host range and hold faults off; whether there was anything to zap."""
+        preemption_point("invalidate_range_start: take mmu_lock", "mmu", True)
         with self.mmu_lock:
             self.mmu_invalidate_in_progress += 1
             zapped = [self._zap_slot(slot, start, end) for slot in memslots.slots]
@@ -41,12 +43,14 @@ class SecondStage:
 
     def invalidate_range_end(self) -> None:
         """Let faults install entries again; those in flight see a new sequence and retry."""
+        preemption_point("invalidate_range_end: take mmu_lock", "mmu", True)
         with self.mmu_lock:
             self.mmu_invalidate_seq += 1
             self.mmu_invalidate_in_progress -= 1
 
     def zap_memslot(self, slot: KvmMemorySlot) -> None:
         """Drop every entry of a slot that is going, moving or changing its flags."""
+        preemption_point("zap_memslot: take mmu_lock", "mmu", True)
         with self.mmu_lock:
             self.mmu_invalidate_seq += 1
             first = slot.userspace_addr

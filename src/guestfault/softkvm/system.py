@@ -16,13 +16,14 @@ class SoftSystem:
     """A KVM in software, speaking one published version of the memory-fault interface.
 
     ``dialect`` is a record or its name; raises :class:`~guestfault.errors.Unavailable` for a name
-    that is not one.  Needs no privileges and no device.
+    that is not one.  Without ``tdp_enabled`` it keeps shadow page tables, as a KVM loaded with
+    ``npt=0`` or ``ept=0`` does.  Needs no privileges and no device.
 
     >>> SoftSystem("seed").name
     'softkvm (seed)'
     """
 
-    def __init__(self, dialect: Dialect | str = "seed") -> None:
+    def __init__(self, dialect: Dialect | str = "seed", *, tdp_enabled: bool = True) -> None:
         if isinstance(dialect, str):
             if dialect not in DIALECTS:
                 raise Unavailable(
@@ -30,6 +31,7 @@ class SoftSystem:
                 )
             dialect = DIALECTS[dialect]
         self.dialect = dialect
+        self.tdp_enabled = tdp_enabled
         self._mm = HostMm()
 
     @property
@@ -43,7 +45,7 @@ class SoftSystem:
 
     def create_vm(self) -> SoftVm:
         """``KVM_CREATE_VM``."""
-        return SoftVm(self.dialect, self._mm)
+        return SoftVm(self.dialect, self._mm, tdp_enabled=self.tdp_enabled)
 
     def close(self) -> None:
         """Close what it opened; its VMs must be closed first."""

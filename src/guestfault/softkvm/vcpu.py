@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from guestfault.errors import KvmError
-from guestfault.softkvm.cpu import GPRS, Access, Cpu
-from guestfault.softkvm.efault import vcpu_load, vcpu_put
+from guestfault.softkvm.cpu import Cpu
 from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill, translate
 from guestfault.softkvm.kvm_host import (
     Kvm,
@@ -17,8 +16,11 @@ from guestfault.softkvm.kvm_host import (
     Request,
     kvm_check_request,
     kvm_make_request,
+    vcpu_load,
+    vcpu_put,
 )
 from guestfault.softkvm.mmio import DeviceAccesses
+from guestfault.softkvm.processor import GPRS, Access, Hooks
 from guestfault.softkvm.refusal import AccessFailed, Retry
 from guestfault.softkvm.x86 import kvm_arch_vcpu_ioctl_run
 from guestfault.uapi import kvm as uapi
@@ -44,9 +46,8 @@ class SoftVcpu:
         self._closed = False
         self.arch = KvmVcpu(kvm, vcpu_id, uapi.kvm_run.from_buffer(area), self._view)
         self._devices = DeviceAccesses()
-        self.arch.cpu = Cpu(
-            self._on_tlb_miss, self._fetch, self._devices.on_read, self._devices.on_write
-        )
+        hooks = Hooks(self._on_tlb_miss, self._fetch, self._devices.on_read, self._devices.on_write)
+        self.arch.cpu = (kvm.make_processor or Cpu)(hooks)
         self.arch.cpu.write_gprs({"rip": 0xFFF0, "rflags": 2, "rdx": 0x600})
         _reset(self.arch.sregs)
 

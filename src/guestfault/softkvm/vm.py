@@ -6,11 +6,12 @@ import errno
 
 from guestfault.dialect.record import Dialect
 from guestfault.errors import KvmError
-from guestfault.linux import mmu_notifier
 from guestfault.softkvm.capabilities import MAX_VCPUS, check_extension, valid_slot_flags
 from guestfault.softkvm.kvm_host import Kvm, Request, kvm_make_request
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
+from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.processor import MakeProcessor
 from guestfault.softkvm.second_stage import PT_WRITABLE
 from guestfault.softkvm.vcpu import SoftVcpu
 from guestfault.uapi import kvm as uapi
@@ -24,11 +25,18 @@ class SoftVm:
     It is also its host memory's notifier (:class:`guestfault.linux.mmu_notifier.MmuNotifier`).
     """
 
-    def __init__(self, dialect: Dialect, mm: Mm) -> None:
-        self.kvm = Kvm(dialect, mm)
+    def __init__(
+        self,
+        dialect: Dialect,
+        mm: Mm,
+        *,
+        tdp_enabled: bool = True,
+        make_processor: MakeProcessor | None = None,
+    ) -> None:
+        self.kvm = Kvm(dialect, mm, tdp_enabled=tdp_enabled, make_processor=make_processor)
         self._vcpus: dict[int, SoftVcpu] = {}
         self._closed = False
-        mmu_notifier.register(self)
+        mm.mmu_notifier_register(self)
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``."""
@@ -64,6 +72,7 @@ class SoftVm:
                 return
             # The new list first, then the zap: a fault that read the old list before the zap is
             # stale by its sequence, one that begins after it sees the new list.
+            preemption_point("kvm_set_memory_region: publish the slots", "memslots", True)
             kvm.memslots = kvm.memslots.replaced(old, new)
             if old is not None:
                 kvm.second_stage.zap_memslot(old)
@@ -118,7 +127,7 @@ class SoftVm:
         if self._closed:
             return
         self._closed = True
-        mmu_notifier.unregister(self)
+        self.kvm.mm.mmu_notifier_unregister(self)
         for vcpu in self._vcpus.values():
             vcpu.close()
         self._vcpus.clear()

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 
 from guestfault.softkvm import exceptions
-from guestfault.softkvm.cpu import REFUSED, Stop, StopKind
 from guestfault.softkvm.emulate import emulate_intercept, emulate_planted
 from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
 from guestfault.softkvm.memslots import Memslots
 from guestfault.softkvm.mmio import DeviceAccesses, emulate_device_access
+from guestfault.softkvm.processor import REFUSED, Stop, StopKind
 from guestfault.softkvm.refusal import (
     AccessFailed,
     Emulate,
