@@ -31,9 +31,12 @@ ROOMS = (
     "paging",
     "guest",
     "vmm",
+    "conform",
     "explore",
+    "scale",
     "explain",
     "check",
+    "lab",
     "cli",
 )
 

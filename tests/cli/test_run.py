@@ -134,6 +134,26 @@ def test_uffd_on_the_software_kvm(taken: Snapshot) -> None:
     assert "through userfaultfd" in done.stdout
 
 
+@pytest.mark.parametrize(("dialect", "how"), [("seed", "annotated"), ("linux-6.8", "bare")])
+def test_without_two_dimensional_paging(taken: Snapshot, dialect: str, how: str) -> None:
+    """Shadow page tables: the guest's own are brought in first, every other page by its fault."""
+    done = run("--kvm", "soft", "--npt", 0, "--dialect", dialect, "--json", taken.path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"] == "right"
+    eager = document["eager_pages"]
+    assert eager > 0
+    assert sum(vcpu[how] - vcpu["again"] for vcpu in document["vcpus"]) == 256 - eager
+
+
+@pytest.mark.parametrize("dialect", ["seed", "linux-6.8"])
+def test_uffd_without_two_dimensional_paging(taken: Snapshot, dialect: str) -> None:
+    need_uffd()
+    done = run("--npt", 0, "--dialect", dialect, "--mode", "uffd", taken.path)
+    assert done.returncode == 0, done.stderr
+    assert f"softkvm ({dialect}, npt=0), mode uffd" in done.stdout
+
+
 def test_uffd_on_the_real_kvm(taken: Snapshot) -> None:
     need_kvm()
     need_uffd()
@@ -141,6 +161,20 @@ def test_uffd_on_the_real_kvm(taken: Snapshot) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads(done.stdout)
     assert (document["kvm"], document["verdict"]) == ("/dev/kvm", "right")
+
+
+def test_a_released_kernel_announces_no_dialect_that_was_not_merged(taken: Snapshot) -> None:
+    need_kvm()
+    says = complaint(run("--kvm", "kvm", "--dialect", "seed", taken.path))
+    assert says.startswith("--dialect seed: the running kernel does not announce KVM_CAP_X86_MEM")
+    assert says.endswith("leave it out, or use --kvm soft")
+
+
+def test_a_released_kernel_has_given_the_first_number_away(taken: Snapshot) -> None:
+    """226 is KVM_CAP_PMU_EVENT_MASKED_EVENTS since Linux 6.3: the ioctl tells, not the number."""
+    need_kvm()
+    says = complaint(run("--kvm", "kvm", "--dialect", "v1", taken.path))
+    assert "KVM_SET_MEM_FAULT_NOWAIT: ENOTTY" in says or "does not announce" in says
 
 
 # -- what it refuses -------------------------------------------------------------------------------
@@ -159,8 +193,7 @@ def test_uffd_on_the_real_kvm(taken: Snapshot) -> None:
         (["--vcpus", "0"], "0 vCPUs: there must be at least one vCPU"),
         (["--vcpus", "-1"], "-1 vCPUs: there must be at least one vCPU"),
         (["--memory", "1M", "--vcpus", "300"], "251 of 256 pages are left for data"),
-        (["--dialect", "v99"], "dialect 'v99': not known; known are seed, linux-6.8"),
-        (["--kvm", "kvm", "--dialect", "seed"], "leave it out, or use --kvm soft"),
+        (["--dialect", "v99"], "dialect 'v99': not known; known are v1, wip-v2, seed, v3"),
         (["/nowhere"], "snapshot /nowhere: there is no such directory"),
         (["/dev/null"], "snapshot /dev/null: it is not a directory"),
         (["/dev"], "snapshot /dev: it has no manifest.json, so it is not a snapshot"),

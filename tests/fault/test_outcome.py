@@ -10,7 +10,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guestfault.dialect.interface import LINUX_6_8, SEED, MemoryFaultInterface
+from guestfault.dialect.interface import (
+    LINUX_6_8,
+    SEED,
+    USERFAULT_V3,
+    V1,
+    V3,
+    V4,
+    V5,
+    V7,
+    WIP_V2,
+    MemoryFaultInterface,
+)
+from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.fault.outcome import (
     BareFault,
     Failed,
@@ -34,15 +46,19 @@ SIZE = 2352
 UNION = 32
 EFAULT, EHWPOISON, EINTR, EPERM = 14, 133, 4, 1
 
-# The two other conventions that have been published: -EPERM (WIP v2 on x86), and 0 (on arm64).
-EPERM_INTERFACE = MemoryFaultInterface(227, 38, frozenset({EPERM}), {})
+# The convention of arm64 in WIP v2: a fault is a success.
 ZERO_INTERFACE = MemoryFaultInterface(227, 38, frozenset({0}), {})
 
 MAGIC = {
     None: set(),
-    LINUX_6_8: {(-EFAULT, 39), (-EHWPOISON, 39)},
+    V1: {(-EFAULT, 38)},
+    WIP_V2: {(-EPERM, 38)},
     SEED: {(-EFAULT, 38)},
-    EPERM_INTERFACE: {(-EPERM, 38)},
+    V3: {(-EFAULT, 38)},
+    V4: {(-EFAULT, 38)},
+    V7: {(-EFAULT, 39), (-EHWPOISON, 39)},
+    LINUX_6_8: {(-EFAULT, 39), (-EHWPOISON, 39)},
+    USERFAULT_V3: {(-EFAULT, 39), (-EHWPOISON, 39)},
     ZERO_INTERFACE: {(0, 38)},
 }
 
@@ -72,7 +88,7 @@ def oracle(ret, page, interface):
         return Interrupted()
     if (ret, reason) in MAGIC[interface]:
         flags, gpa, size = at("QQQ", 0)
-        return MemoryFault(gpa, size, flags, -ret)
+        return MemoryFault(gpa, size, 0 if interface is V1 else flags, -ret)
     if ret == -EFAULT or ret == -EHWPOISON:
         return BareFault(-ret)
     if ret:
@@ -153,6 +169,66 @@ def test_without_an_interface_no_failure_depends_on_kvm_run(page, reason, ret):
     assert outcome(ret, kvm_run_of(with_reason(page, reason)), None) == outcome(
         ret, kvm_run_of(bytes(SIZE)), None
     )
+
+
+# -- the one that leaves exit_reason alone ---------------------------------------------------------
+
+FILLED = 1 << 8
+SECOND_UNION = 2352
+run_flags = st.sampled_from([0, FILLED, FILLED | 1, 0xFEFF]) | st.integers(0, 0xFFFF)
+
+
+@given(pages, st.binary(min_size=256, max_size=256), rets, reasons, run_flags)
+def test_v5_reads_the_second_union_iff_its_flag_stands_beside_efault(
+    page, second, ret, reason, flags
+):
+    page = bytearray(with_reason(page, reason) + second)
+    struct.pack_into("<H", page, 14, flags)
+    result = outcome(ret, kvm_run_v5.from_buffer_copy(page), V5)
+    filled = ret == -EFAULT and flags & FILLED != 0
+    assert isinstance(result, MemoryFault) == filled
+    if filled:
+        bits, gpa, length = struct.unpack_from("<QQQ", page, SECOND_UNION)
+        assert result == MemoryFault(gpa, length, bits, EFAULT)
+    else:
+        # As without any interface: what the second union holds is seen by nobody.
+        assert result == outcome(ret, kvm_run_of(bytes(page[:SIZE])), None)
+
+
+@given(pages, rets, reasons, run_flags, interfaces)
+def test_its_flag_means_nothing_to_the_others(page, ret, reason, flags, interface):
+    page = bytearray(with_reason(page, reason))
+    struct.pack_into("<H", page, 14, flags)
+    other = bytearray(page)
+    struct.pack_into("<H", other, 14, flags ^ FILLED)
+    assert outcome(ret, kvm_run_of(bytes(page)), interface) == outcome(
+        ret, kvm_run_of(bytes(other)), interface
+    )
+
+
+def test_v5_wants_a_view_that_holds_its_union():
+    with pytest.raises(TypeError, match="ends before the union"):
+        outcome(-EFAULT, uapi.kvm_run(flags=FILLED), V5)
+    assert outcome(-EFAULT, uapi.kvm_run(), V5) == BareFault(EFAULT)
+    assert outcome(0, uapi.kvm_run(exit_reason=5), V5) == Hlt()
+
+
+def test_v5_keeps_the_exit_that_was_prepared():
+    """What the second union is for: an annotation that nobody delivers harms no exit."""
+    run = kvm_run_v5(exit_reason=uapi.KVM_EXIT_MMIO, flags=FILLED)
+    run.mmio.phys_addr, run.mmio.len = 0xFEE0_0000, 4
+    run.speculative_exit.memory_fault.gpa = 0xDEAD000
+    assert outcome(0, run, V5) == Mmio(0xFEE0_0000, b"", 4, False)
+
+
+def test_v1_leaves_the_flags_of_an_earlier_exit():
+    run = uapi.kvm_run(exit_reason=38)
+    run.memory_fault.flags, run.memory_fault.gpa, run.memory_fault.size = 0x1234, 0x5000, 4096
+    assert outcome(-EFAULT, run, V1) == MemoryFault(0x5000, 4096, 0, EFAULT)
+    assert outcome(-EFAULT, run, V3) == MemoryFault(0x5000, 4096, 0x1234, EFAULT)
+
+
+# -- stale fields ----------------------------------------------------------------------------------
 
 
 def test_stale_annotation_after_a_bare_fault():

@@ -77,3 +77,14 @@ def test_nothing_is_left_open(system):
     vm.create_vcpu(1)
     vm.close()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("text", "enabled"), [("Y\n", True), ("N\n", False), ("1\n", True)])
+def test_two_dimensional_paging_is_a_parameter_of_the_module(
+    system, tmp_path, monkeypatch, text, enabled
+):
+    parameter = tmp_path / "npt"
+    monkeypatch.setattr("guestfault.kvm.system._TDP_PARAMETERS", (tmp_path / "ept", parameter))
+    assert system.tdp_enabled is None
+    parameter.write_text(text)
+    assert system.tdp_enabled is enabled

@@ -185,6 +185,37 @@ def test_run_does_not_hold_the_gil(machine):
     assert total == 4_999_950_000
 
 
+MSR_STAR, MSR_LSTAR, NO_MSR = 0xC0000081, 0xC0000082, 0x4B56_4DFF
+
+
+def test_msrs_are_read_and_written_by_index(machine):
+    vcpu = machine.user_vcpu(OUT)
+    vcpu.set_msrs({MSR_STAR: 0x10_0000_0000, MSR_LSTAR: 0xFFFF_8000_0000_1000})
+    assert vcpu.get_msrs([MSR_LSTAR, MSR_STAR]) == {
+        MSR_LSTAR: 0xFFFF_8000_0000_1000,
+        MSR_STAR: 0x10_0000_0000,
+    }
+    assert vcpu.get_msrs([]) == {}
+
+
+def test_an_msr_that_there_is_not_is_named_and_those_before_it_are_written(machine):
+    vcpu = machine.user_vcpu(OUT)
+    with pytest.raises(KvmError, match=f"{NO_MSR:#x}") as caught:
+        vcpu.set_msrs({MSR_LSTAR: 0x1000, NO_MSR: 0, MSR_STAR: 0x10_0000_0000})
+    assert (caught.value.call, caught.value.errno) == ("KVM_SET_MSRS", errno.EINVAL)
+    assert vcpu.get_msrs([MSR_LSTAR, MSR_STAR]) == {MSR_LSTAR: 0x1000, MSR_STAR: 0}
+    with pytest.raises(KvmError, match=f"{NO_MSR:#x}"):
+        vcpu.get_msrs([MSR_LSTAR, NO_MSR])
+
+
+def test_mp_state(machine):
+    vcpu = machine.user_vcpu(OUT)
+    assert vcpu.get_mp_state() == uapi.KVM_MP_STATE_RUNNABLE
+    vcpu.set_mp_state(uapi.KVM_MP_STATE_RUNNABLE)
+    with pytest.raises(KvmError, match="state 99"):
+        vcpu.set_mp_state(99)
+
+
 def test_failed_creation_leaves_nothing_open(machine):
     before = sorted(os.listdir("/proc/self/fd"), key=int)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -157,3 +157,23 @@ def test_memory_attributes(machine, layout):
         error = refused(machine.vm.set_memory_attributes, 0, layout.RAM_SIZE, private)
         assert error.errno in (errno.EINVAL, errno.ENOTTY)
         assert "[0x0, 0x200000), attributes 0x8" in str(error)
+
+
+# -- what was never merged -------------------------------------------------------------------------
+
+
+def test_a_released_kernel_has_no_such_switch(machine):
+    error = refused(machine.vm.set_mem_fault_nowait, True)
+    assert (error.call, error.errno) == ("KVM_SET_MEM_FAULT_NOWAIT", errno.ENOTTY)
+
+
+def test_a_released_kernel_knows_no_userfault_bitmap(machine, layout):
+    if not machine.vm.check_extension(uapi.KVM_CAP_USER_MEMORY2):
+        pytest.skip("needs KVM_SET_USER_MEMORY_REGION2 (Linux 6.8)")
+    slot = (1, layout.HOLE, 0x1000, machine.guest.address)
+    bitmap = machine.guest.address
+    error = refused(machine.vm.set_user_memory_region, *slot, 1 << 3, userfault_bitmap=bitmap)
+    assert (error.call, error.errno) == ("KVM_SET_USER_MEMORY_REGION2", errno.EINVAL)
+    assert f"userfault_bitmap {bitmap:#x}" in str(error)
+    # Without the flag it is padding, which is not looked at.
+    machine.vm.set_user_memory_region(*slot, userfault_bitmap=bitmap)

@@ -35,6 +35,7 @@ from guestfault.x86.entries import PT_PRESENT_MASK
 from guestfault.x86.registers import CR0_ET, CR4_OSFXSR
 from guestfault.x86.segments import FLAT_GDT, Segments
 from guestfault.x86.tables import Mapping, PagingMode, TableBuilder
+from tests.softkvm.modelled_mm import make  # noqa: F401  (a fixture)
 
 REAL, LONG0, LONG3 = "real", "long-cpl0", "long-cpl3"
 MODES = (REAL, LONG0, LONG3)
@@ -62,6 +63,7 @@ class Machine:
         *,
         flags: int = 0,
         accessed: bool = True,
+        irqchip: bool = False,
         sregs: Callable[[uapi.kvm_sregs], None] | None = None,
         **regs: int,
     ) -> None:
@@ -69,6 +71,8 @@ class Machine:
         self.ram = GuestRam(self.RAM_SIZE)
         self.bytes = self.ram.bytes
         self.vm = system.create_vm()
+        if irqchip:
+            self.vm.create_irqchip()
         self.interface = probe(self.vm.check_extension)
         self.slot_flags = flags
         self.tables = TableBuilder(
@@ -234,11 +238,32 @@ class Machine:
 Start = Callable[..., Machine]
 
 
-@pytest.fixture(params=["softkvm", "/dev/kvm"])
+ON_SHADOW_PAGES_TOO = ("test_guest_mmu", "test_exceptions", "test_vcpu")
+"""Modules whose tests with ``soft`` hold without two-dimensional paging as well."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run them both ways, but for a test that is parametrised over ``tdp_enabled`` itself."""
+    own = any(m.args[0] == "tdp_enabled" for m in metafunc.definition.iter_markers("parametrize"))
+    if (
+        not own
+        and "soft" in metafunc.fixturenames
+        and metafunc.module.__name__.endswith(ON_SHADOW_PAGES_TOO)
+    ):
+        metafunc.parametrize("tdp_enabled", [True, False], ids=["npt", "shadow"])
+
+
+@pytest.fixture
+def tdp_enabled() -> bool:
+    """Whether ``soft`` starts with two-dimensional paging, unless it is told."""
+    return True
+
+
+@pytest.fixture(params=["softkvm", "softkvm, npt=0", "/dev/kvm"])
 def system(request: pytest.FixtureRequest) -> Iterator[System]:
-    """Each of the two KVMs."""
-    if request.param == "softkvm":
-        system: System = SoftSystem("seed")
+    """Each of the two KVMs, the software one with and without two-dimensional paging."""
+    if request.param != "/dev/kvm":
+        system: System = SoftSystem("seed", tdp_enabled=request.param == "softkvm")
     else:
         try:
             system = KvmSystem()
@@ -263,15 +288,24 @@ def start(system: System) -> Iterator[Start]:
 
 
 @pytest.fixture
-def soft() -> Iterator[Start]:
-    """The same on the software KVM alone; ``dialect`` chooses its dialect."""
+def soft(tdp_enabled: bool) -> Iterator[Start]:
+    """The same on the software KVM alone; ``dialect`` and ``tdp_enabled`` choose which."""
+    paging = tdp_enabled
     made: list[Any] = []
 
-    def soft_(code: str = Machine.END, mode: str = LONG3, dialect: str = "seed", **options: Any):
-        system = SoftSystem(dialect)
+    def soft_(
+        code: str = Machine.END,
+        mode: str = LONG3,
+        dialect: str = "seed",
+        tdp_enabled: bool = paging,
+        **options: Any,
+    ):
+        system = SoftSystem(dialect, tdp_enabled=tdp_enabled)
         made.append(system)
-        made.append(Machine(system, code, mode, **options))
-        return made[-1]
+        machine = Machine(system, code, mode, **options)
+        machine.interface = system.dialect.interface  # not every dialect can be recognised
+        made.append(machine)
+        return machine
 
     yield soft_
     for one in reversed(made):

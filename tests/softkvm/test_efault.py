@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from guestfault.dialect.record import Site
 from guestfault.fault.outcome import BareFault, Io, MemoryFault
 from guestfault.softkvm.efault import kvm_handle_efault
 from guestfault.softkvm.kvm_host import kvm_get_running_vcpu, vcpu_load, vcpu_put
@@ -32,10 +33,10 @@ def untouched(machine):
 def test_fills_the_loaded_vcpu(machine, loaded):
     vcpu = machine.vcpu.arch
     loaded(vcpu)
-    assert kvm_handle_efault(vcpu, 0x5000, 4096, 3) == -errno.EFAULT
+    assert kvm_handle_efault(vcpu, Site.HANDLE_ERROR_PFN, 0x5000, 4096) == -errno.EFAULT
     fault = machine.vcpu.kvm_run.memory_fault
     assert machine.vcpu.kvm_run.exit_reason == 38
-    assert (fault.flags, fault.gpa, fault.size) == (3, 0x5000, 4096)
+    assert (fault.flags, fault.gpa, fault.size) == (1, 0x5000, 4096)
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["none loaded", "another loaded"])
@@ -45,13 +46,15 @@ def test_writes_nothing_to_a_vcpu_that_is_not_the_loaded_one(machine, loaded, ot
     machine.poison_union()
     machine.vcpu.kvm_run.exit_reason = 77
     with pytest.warns(UserWarning, match="not the loaded one"):
-        assert kvm_handle_efault(machine.vcpu.arch, 0x5000, 4096, 0) == -errno.EFAULT
+        r = kvm_handle_efault(machine.vcpu.arch, Site.HANDLE_ERROR_PFN, 0x5000, 4096)
+    assert r == -errno.EFAULT
     assert untouched(machine)
 
 
 def test_without_the_guard_it_fills_whatever_it_is_given(soft):
-    machine = soft(dialect="linux-6.8")
-    assert kvm_handle_efault(machine.vcpu.arch, 0x5000, 4096, 0) == -errno.EFAULT
+    machine = soft(dialect="v7")
+    r = kvm_handle_efault(machine.vcpu.arch, Site.HANDLE_ERROR_PFN, 0x5000, 4096)
+    assert r == -errno.EFAULT
     assert machine.vcpu.kvm_run.exit_reason == 39
 
 

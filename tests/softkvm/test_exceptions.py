@@ -5,8 +5,6 @@ import struct
 import pytest
 
 from guestfault.fault.outcome import InternalError, MemoryFault, Shutdown
-from guestfault.softkvm.exceptions import from_intercept, queue
-from guestfault.softkvm.refusal import GuestException
 from guestfault.x86.registers import (
     DE_VECTOR,
     DF_VECTOR,
@@ -206,31 +204,6 @@ def test_setting_registers_forgets_a_pending_exception(soft):
     regs.rip = machine.CODE + 2
     machine.vcpu.set_regs(regs)
     assert machine.trace() == []
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "result"),
-    [
-        (DE_VECTOR, GP_VECTOR, DF_VECTOR),
-        (PF_VECTOR, PF_VECTOR, DF_VECTOR),
-        (PF_VECTOR, GP_VECTOR, DF_VECTOR),
-        (GP_VECTOR, PF_VECTOR, PF_VECTOR),
-        (UD_VECTOR, GP_VECTOR, GP_VECTOR),
-        (DF_VECTOR, GP_VECTOR, None),
-        (DF_VECTOR, PF_VECTOR, None),
-    ],
-)
-def test_how_two_combine(soft, first, second, result):
-    """SDM volume 3, table 6-5; ``None`` is the shutdown."""
-    vcpu = soft().vcpu.arch
-    vcpu.pending_exception = from_intercept(first)
-    went_on = queue(vcpu, GuestException(second, 0))
-    if result is None:
-        assert went_on == 0
-        assert vcpu.pending_exception is None
-    else:
-        assert went_on == 1
-        assert vcpu.pending_exception.vector == result
 
 
 def test_the_trap_flag_of_the_guest_is_the_guest_s(soft):

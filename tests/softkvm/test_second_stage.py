@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestfault.softkvm.memslots import KvmMemorySlot, Memslots
-from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, SecondStage
+from guestfault.softkvm.second_stage import (
+    PAGE_SIZE,
+    PT_READ,
+    PT_WRITABLE,
+    SPTE_HOST_WRITABLE,
+    SPTE_MMU_WRITABLE,
+    SecondStage,
+    is_mmio_spte,
+    make_mmio_spte,
+    mmio_spte_generation,
+)
 
 BASE, HVA, PAGES = 0x100, 0x7F00_0000_0000, 16
 SLOT = KvmMemorySlot(0, BASE, PAGES, HVA, 0)
@@ -38,16 +48,26 @@ def test_exactly_the_entries_that_map_a_byte_of_the_range_go(start: int, size: i
 def test_a_fault_retries_from_the_start_of_an_invalidation_to_after_its_end() -> None:
     stage = full()
     seq = stage.mmu_invalidate_seq
-    assert not stage.mmu_invalidate_retry(seq)
+    assert not stage.mmu_invalidate_retry(seq, HVA)
     stage.invalidate_range_start(SLOTS, HVA, HVA + PAGE_SIZE)
-    assert stage.mmu_invalidate_retry(seq)
-    assert stage.mmu_invalidate_retry(stage.mmu_invalidate_seq)
-    stage.invalidate_range_start(SLOTS, HVA, HVA + PAGE_SIZE)
+    assert stage.mmu_invalidate_retry(seq, HVA)
+    assert not stage.mmu_invalidate_retry(seq, HVA + PAGE_SIZE)
+    stage.invalidate_range_start(SLOTS, HVA + 2 * PAGE_SIZE, HVA + 3 * PAGE_SIZE)
     stage.invalidate_range_end()
-    assert stage.mmu_invalidate_retry(stage.mmu_invalidate_seq)  # one is still under way
+    seq = stage.mmu_invalidate_seq
+    for page in range(3):  # one is still under way, and only the hull of both is known
+        assert stage.mmu_invalidate_retry(seq, HVA + page * PAGE_SIZE)
+    assert not stage.mmu_invalidate_retry(seq, HVA + 3 * PAGE_SIZE)
     stage.invalidate_range_end()
-    assert stage.mmu_invalidate_retry(seq)
-    assert not stage.mmu_invalidate_retry(stage.mmu_invalidate_seq)
+    assert stage.mmu_invalidate_retry(seq, HVA)
+    assert not stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA)
+
+
+def test_a_fault_in_the_middle_of_a_page_that_is_partly_taken_retries() -> None:
+    stage = full()
+    stage.invalidate_range_start(SLOTS, HVA + 0x800, HVA + 0x801)
+    assert stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA)
+    assert BASE not in stage.sptes
 
 
 def test_a_slot_that_goes_takes_its_entries_and_makes_faults_look_again() -> None:
@@ -56,4 +76,38 @@ def test_a_slot_that_goes_takes_its_entries_and_makes_faults_look_again() -> Non
     seq = stage.mmu_invalidate_seq
     stage.zap_memslot(SLOT)
     assert set(stage.sptes) == {0x900}
-    assert stage.mmu_invalidate_retry(seq)
+    assert stage.mmu_invalidate_retry(seq, HVA)
+
+
+def test_an_mmio_entry_is_none_for_memory_and_keeps_its_generation() -> None:
+    spte = make_mmio_spte(77)
+    assert is_mmio_spte(spte)
+    assert mmio_spte_generation(spte) == 77
+    assert not spte & (PT_READ | PT_WRITABLE)
+    assert not is_mmio_spte(HVA | PT_READ | PT_WRITABLE | SPTE_HOST_WRITABLE | SPTE_MMU_WRITABLE)
+
+
+@given(st.sets(st.integers(0, PAGES - 1)), st.sets(st.integers(0, PAGES - 1)))
+def test_a_log_protects_what_is_in_it_and_no_more(dirty: set[int], mapped: set[int]) -> None:
+    stage, slot = SecondStage(), KvmMemorySlot(0, BASE, PAGES, HVA, 0, bytearray(8))
+    for page in dirty:
+        slot.mark_page_dirty(BASE + page)
+    stage.sptes.update({BASE + page: slot.hva_of_gfn(BASE + page) | 3 for page in mapped})
+    log, flush = stage.get_dirty_log(slot)
+    assert {
+        8 * i + bit for i, byte in enumerate(log) for bit in range(8) if byte >> bit & 1
+    } == dirty
+    assert not any(slot.dirty_bitmap)
+    assert {gfn - BASE for gfn, spte in stage.sptes.items() if not spte & 2} == dirty & mapped
+    assert flush is bool(dirty & mapped)
+
+
+def test_compare_and_exchange() -> None:
+    stage = full()
+    old = stage.sptes[BASE]
+    assert not stage.cmpxchg(BASE, old | 2, 0)
+    assert stage.cmpxchg(BASE, old, old | 2)
+    assert stage.sptes[BASE] == old | 2
+    del stage.sptes[BASE]
+    assert not stage.cmpxchg(BASE, old | 2, old)
+    assert BASE not in stage.sptes

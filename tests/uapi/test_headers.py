@@ -20,10 +20,11 @@ from types import ModuleType
 
 import pytest
 
-from guestfault.uapi import kvm, mman, perf, userfaultfd
+from guestfault.uapi import kvm, kvm_para, mman, perf, userfaultfd
 
-MODULES = [kvm, mman, perf, userfaultfd]
+MODULES = [kvm, kvm_para, mman, perf, userfaultfd]
 HEADERS = [
+    "asm/kvm_para.h",
     "asm/mman.h",
     "asm/unistd.h",
     "linux/falloc.h",

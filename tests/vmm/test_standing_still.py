@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from guestfault.guest.layout import Mode as GuestMode
@@ -38,8 +40,8 @@ class NeverReady(HostMm):
     def get_user_page_fast_only(self, hva: int, write: bool) -> bool:
         return self._spoil(hva) or super().get_user_page_fast_only(hva, write)
 
-    def get_user_pages_unlocked(self, hva: int, write: bool) -> int:
-        return 0 if self._spoil(hva) else super().get_user_pages_unlocked(hva, write)
+    def get_user_pages_unlocked(self, hva: int, write: bool, **how: Any) -> int:
+        return 0 if self._spoil(hva) else super().get_user_pages_unlocked(hva, write, **how)
 
 
 @pytest.fixture

@@ -54,6 +54,17 @@ COMMANDS: tuple[Command, ...] = (
         "the access behind a failure, from the register dump in a log",
         "guestfault.cli.explain",
     ),
+    Command(
+        "dialects",
+        "every published version of the memory-fault interface",
+        "guestfault.cli.dialects",
+    ),
+    Command(
+        "explore",
+        "every order of events in the kernel half, and what each interface makes of it",
+        "guestfault.cli.explore",
+    ),
+    Command("lab", "run a command on the /dev/kvm of a real kernel", "guestfault.cli.lab"),
 )
 
 

@@ -42,7 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kvm", choices=KVMS, default="auto", help="the real /dev/kvm or the software one"
     )
     parser.add_argument(
-        "--dialect", metavar="NAME", help="which version of the interface the software KVM speaks"
+        "--dialect",
+        metavar="NAME",
+        help="which version of the interface the KVM speaks; 'guestfault dialects' lists them",
+    )
+    parser.add_argument(
+        "--npt",
+        type=int,
+        choices=(0, 1),
+        help="0: the software KVM keeps shadow page tables, as one loaded with npt=0 (ept=0) does",
     )
     parser.add_argument(
         "--mode",
@@ -77,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command.  0: the guest ended with the right results; 2: it did not; 130: Ctrl-C."""
     mode = Mode(args.mode)
     with ExitStack() as stack:
-        choice = choose(args.kvm, args.dialect)
+        npt = None if args.npt is None else args.npt == 1
+        choice = choose(args.kvm, args.dialect, npt)
         stack.callback(choice.system.close)
         snapshot = stack.enter_context(_snapshot(args))
         if args.verify:
@@ -87,7 +96,14 @@ def main(args: argparse.Namespace) -> int:
         source = FileSource(snapshot.open_memory())
         stack.callback(source.close)
         session = stack.enter_context(
-            Session(choice.system, snapshot, source, mode, locate=args.locate == "all")
+            Session(
+                choice.system,
+                snapshot,
+                source,
+                mode,
+                dialect=choice.dialect,
+                locate=args.locate == "all",
+            )
         )
         watch = stack.enter_context(_Watch(session))
         session.run(watch)

@@ -28,7 +28,8 @@ silently.
 The result of the ioctl decides before ``exit_reason`` does: after a failure, ``exit_reason`` means
 something only in the one combination that the
 :class:`~guestfault.dialect.interface.MemoryFaultInterface` names, and after a success only the
-exits below are read.
+exits below are read.  The interface also says where the fault is described: in the union, or, in
+one version that was never merged, in a second union behind it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from guestfault.dialect.interface import EHWPOISON, MemoryFaultInterface
+from guestfault.dialect.interface import EHWPOISON, MemoryFaultInterface, Payload
+from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.uapi import kvm as uapi
 
 __all__ = [
@@ -223,17 +225,18 @@ def outcome(
     :func:`guestfault.dialect.interface.probe`.  ``in_slot`` tells whether a guest physical address
     lies in a memory slot; without it no :class:`Mmio` can be recognised as a :class:`RamMmio`.
 
-    Raises :class:`ValueError` for a positive ``ret`` (an errno with its sign lost), and nothing for
-    anything that ``kvm_run`` may hold.
+    Raises :class:`ValueError` for a positive ``ret`` (an errno with its sign lost),
+    :class:`TypeError` under an interface with a second union for a view of ``kvm_run`` that is not
+    a :class:`~guestfault.dialect.unmerged.kvm_run_v5`, and nothing for anything that ``kvm_run``
+    may hold.
     """
     if ret > 0:
         raise ValueError(f"KVM_RUN returns 0 or a negative errno, not {ret}")
     exit_reason = kvm_run.exit_reason
     if ret == -errno.EINTR:
         return Interrupted()
-    if interface is not None and interface.is_memory_fault(ret, exit_reason):
-        fault = kvm_run.memory_fault
-        return MemoryFault(fault.gpa, fault.size, fault.flags, -ret)
+    if interface is not None and interface.is_memory_fault(ret, exit_reason, kvm_run.flags):
+        return _memory_fault(ret, kvm_run, interface)
     if ret in (-errno.EFAULT, -EHWPOISON):
         return BareFault(-ret)
     if ret < 0:
@@ -260,6 +263,16 @@ def outcome(
         case uapi.KVM_EXIT_INTR:
             return Interrupted()
     return Unknown(exit_reason)
+
+
+def _memory_fault(ret: int, kvm_run: uapi.kvm_run, interface: MemoryFaultInterface) -> MemoryFault:
+    if interface.payload is Payload.UNION:
+        fault = kvm_run.memory_fault
+        return MemoryFault(fault.gpa, fault.size, fault.flags * interface.flags_written, -ret)
+    if not isinstance(kvm_run, kvm_run_v5):
+        raise TypeError("the view of kvm_run ends before the union that the fault is in")
+    second = kvm_run.speculative_exit.memory_fault
+    return MemoryFault(second.gpa, second.len, second.flags, -ret)
 
 
 def _mmio(kvm_run: uapi.kvm_run, in_slot: Callable[[int], bool] | None) -> Mmio | RamMmio:

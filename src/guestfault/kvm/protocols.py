@@ -10,6 +10,7 @@ through :func:`guestfault.fault.outcome.outcome` only: most fields are stale mos
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from guestfault.uapi import kvm as uapi
@@ -54,6 +55,30 @@ class Vcpu(Protocol):
     def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
         """``KVM_SET_SREGS``; raises :class:`~guestfault.errors.KvmError` (EINVAL) on bad state."""
 
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """``KVM_GET_MSRS``: model-specific registers, by their index.
+
+        Raises :class:`~guestfault.errors.KvmError` (EINVAL), which names the first that there is
+        not.
+        """
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """``KVM_SET_MSRS``, in the mapping's order.
+
+        Raises :class:`~guestfault.errors.KvmError` (EINVAL), which names the first that there is
+        not, or that does not take its value; those before it are written.
+        """
+
+    def get_mp_state(self) -> int:
+        """``KVM_GET_MP_STATE``: a ``KVM_MP_STATE_*``."""
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """``KVM_SET_MP_STATE``.
+
+        Raises :class:`~guestfault.errors.KvmError` (EINVAL) for a state that there is not; without
+        a local APIC in the kernel there is KVM_MP_STATE_RUNNABLE only.
+        """
+
     def translate(self, gva: int) -> uapi.kvm_translation:
         """``KVM_TRANSLATE``: walk the guest's tables for a linear address, without faulting."""
 
@@ -77,15 +102,36 @@ class Vm(Protocol):
         memory_size: int,
         userspace_addr: int,
         flags: int = 0,
+        *,
+        userfault_bitmap: int = 0,
     ) -> None:
         """``KVM_SET_USER_MEMORY_REGION``; a size of 0 deletes the slot.
+
+        ``userfault_bitmap`` is KVM Userfault's: the address of a bit for each page, in whole 64-bit
+        words, which comes with ``KVM_MEM_USERFAULT`` in ``flags`` and by
+        ``KVM_SET_USER_MEMORY_REGION2``.
 
         Raises :class:`~guestfault.errors.KvmError` with EINVAL for bad arguments and EEXIST for a
         slot that overlaps another in guest physical memory.
         """
 
+    def set_mem_fault_nowait(self, state: bool) -> None:
+        """``KVM_SET_MEM_FAULT_NOWAIT``: whether guest faults in every slot fail rather than wait.
+
+        Of the first version of the series only; all others, and every released kernel, raise
+        :class:`~guestfault.errors.KvmError` (ENOTTY).
+        """
+
     def get_dirty_log(self, slot: int) -> bytes:
         """``KVM_GET_DIRTY_LOG``: one bit per page written since the last call, least bit first."""
+
+    def create_irqchip(self) -> None:
+        """``KVM_CREATE_IRQCHIP``: interrupt controllers in the kernel.
+
+        HLT is then no exit: the vCPU sleeps inside :meth:`Vcpu.run`.  Every vCPU but the first is
+        created KVM_MP_STATE_UNINITIALIZED.  Before the first vCPU: raises
+        :class:`~guestfault.errors.KvmError` with EINVAL after it, with EEXIST the second time.
+        """
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """``KVM_CREATE_VCPU``."""
@@ -100,6 +146,10 @@ class System(Protocol):
     @property
     def name(self) -> str:
         """What it is, for people: ``/dev/kvm`` or ``softkvm (seed)``."""
+
+    @property
+    def tdp_enabled(self) -> bool | None:
+        """Two-dimensional paging (EPT, NPT), or shadow page tables; ``None``: it cannot be told."""
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``: 0 if absent, else 1 or the capability's number."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 
+from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.errors import KernelError
 from guestfault.uapi import kvm as uapi
 
@@ -44,4 +45,4 @@ class RunArea:
 
     def _look_at(self, memory: mmap.mmap | bytearray) -> None:
         self.view = memoryview(memory)
-        self.kvm_run = uapi.kvm_run.from_buffer(memory)
+        self.kvm_run = kvm_run_v5.from_buffer(memory)

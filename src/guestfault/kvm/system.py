@@ -7,9 +7,11 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from ctypes import byref
+from pathlib import Path
 
 from guestfault.errors import KvmError, Unavailable
 from guestfault.kvm.call import kvm_call
@@ -40,6 +42,14 @@ class KvmSystem:
     def name(self) -> str:
         """What it is, for people: the path of the device."""
         return self._path
+
+    @property
+    def tdp_enabled(self) -> bool | None:
+        """Whether guests run with EPT or NPT: a module parameter; ``None`` if it cannot be read."""
+        for path in _TDP_PARAMETERS:
+            with contextlib.suppress(OSError):
+                return Path(path).read_text().strip() in ("Y", "1")
+        return None
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``: 0 if absent, else 1 or the capability's number.
@@ -80,6 +90,7 @@ class KvmSystem:
                 return cpuid
 
 
+_TDP_PARAMETERS = "/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"
 _LOAD = (
     "load kvm_intel or kvm_amd, and enable virtualization in the firmware, "
     "or nested virtualization on the host above"

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable, Mapping
 from ctypes import Structure, byref
+from typing import Any
 
+from guestfault.errors import KvmError
 from guestfault.kvm.call import kvm_call
 from guestfault.kvm.kick import KickSwitch
 from guestfault.kvm.run_area import RunArea
@@ -92,6 +95,37 @@ class KvmVcpu:
         state = f"cr0 {sregs.cr0:#x}, cr4 {sregs.cr4:#x}, efer {sregs.efer:#x}"
         self._call("KVM_SET_SREGS", sregs, state)
 
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """``KVM_GET_MSRS``: see :meth:`guestfault.kvm.protocols.Vcpu.get_msrs`."""
+        msrs = self._msrs("KVM_GET_MSRS", dict.fromkeys(indices, 0))
+        return {entry.index: entry.data for entry in msrs.entries}
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """``KVM_SET_MSRS``: see :meth:`guestfault.kvm.protocols.Vcpu.set_msrs`."""
+        self._msrs("KVM_SET_MSRS", values)
+
+    def _msrs(self, name: str, values: Mapping[int, int]) -> Any:
+        msrs = uapi.flexible(uapi.kvm_msrs, len(values))()
+        msrs.nmsrs = len(values)
+        for entry, (index, value) in zip(msrs.entries, values.items(), strict=True):
+            entry.index, entry.data = index, value
+        # It does not fail at one that it refuses: it stops there, and says how far it came.
+        done = kvm_call(self._fd, name, byref(msrs), f"vCPU {self._vcpu_id}")
+        if done < len(values):
+            refused = msrs.entries[done]
+            raise KvmError(name, errno.EINVAL, f"MSR {refused.index:#x}")
+        return msrs
+
+    def get_mp_state(self) -> int:
+        """``KVM_GET_MP_STATE``: a ``KVM_MP_STATE_*``."""
+        state = uapi.kvm_mp_state()
+        self._call("KVM_GET_MP_STATE", state)
+        return int(state.mp_state)
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """``KVM_SET_MP_STATE``: see :meth:`guestfault.kvm.protocols.Vcpu.set_mp_state`."""
+        self._call("KVM_SET_MP_STATE", uapi.kvm_mp_state(mp_state), f"state {mp_state}")
+
     def translate(self, gva: int) -> uapi.kvm_translation:
         """``KVM_TRANSLATE``: walk the guest's page tables for a gva, without faulting."""
         translation = uapi.kvm_translation(linear_address=gva)
@@ -108,6 +142,13 @@ class KvmVcpu:
         while request.size:  # the kernel moves gpa and size past what it has done
             detail = f"[{request.gpa:#x}, {gpa + size:#x})"
             self._call("KVM_PRE_FAULT_MEMORY", request, detail)
+
+    def pre_fault_once(self, request: uapi.kvm_pre_fault_memory) -> int:
+        """``KVM_PRE_FAULT_MEMORY``, the bare ioctl: 0 or a negative errno.
+
+        It moves the request's ``gpa`` and ``size`` past what it has done, also when it fails.
+        """
+        return ioctl(self._fd, uapi.KVM_PRE_FAULT_MEMORY, byref(request))
 
     def close(self) -> None:
         """Release the vCPU.  Not while a thread is inside :meth:`run`.  Again is harmless."""

@@ -9,10 +9,13 @@ the guest can reach, through :meth:`KvmVm.set_user_memory_region2`.
 from __future__ import annotations
 
 import os
-from ctypes import Structure, addressof, byref, c_uint64
+from ctypes import Structure, addressof, byref, c_bool, c_uint64
 
+from guestfault.dialect.unmerged import KVM_SET_MEM_FAULT_NOWAIT, USERFAULT_BITMAP_PAD
+from guestfault.errors import KvmError
 from guestfault.kvm.call import kvm_call
 from guestfault.kvm.vcpu import KvmVcpu
+from guestfault.linux.ioctl import ioctl
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["TSS_ADDR", "KvmVm"]
@@ -67,12 +70,26 @@ class KvmVm:
         memory_size: int,
         userspace_addr: int,
         flags: int = 0,
+        *,
+        userfault_bitmap: int = 0,
     ) -> None:
         """``KVM_SET_USER_MEMORY_REGION``; a size of 0 deletes the slot.
+
+        With a ``userfault_bitmap`` it is ``KVM_SET_USER_MEMORY_REGION2``, whose padding a released
+        kernel does not look at: it refuses the flag.
 
         Raises :class:`~guestfault.errors.KvmError` with EINVAL for bad arguments and EEXIST for a
         slot that overlaps another in guest physical memory.
         """
+        if userfault_bitmap:
+            region2 = uapi.kvm_userspace_memory_region2(
+                slot, flags, guest_phys_addr, memory_size, userspace_addr
+            )
+            region2.pad2[USERFAULT_BITMAP_PAD] = userfault_bitmap
+            detail = f"{_describe(region2)}, userfault_bitmap {userfault_bitmap:#x}"
+            self._call("KVM_SET_USER_MEMORY_REGION2", region2, detail)
+            self._remember(slot, memory_size)
+            return
         region = uapi.kvm_userspace_memory_region(
             slot, flags, guest_phys_addr, memory_size, userspace_addr
         )
@@ -107,6 +124,15 @@ class KvmVm:
         self._call("KVM_SET_USER_MEMORY_REGION2", region, detail)
         self._remember(slot, memory_size)
 
+    def set_mem_fault_nowait(self, state: bool) -> None:
+        """``KVM_SET_MEM_FAULT_NOWAIT``, which no released kernel has (ENOTTY).
+
+        See :meth:`guestfault.kvm.protocols.Vm.set_mem_fault_nowait`.
+        """
+        ret = ioctl(self._fd, KVM_SET_MEM_FAULT_NOWAIT, byref(c_bool(state)))
+        if ret < 0:
+            raise KvmError("KVM_SET_MEM_FAULT_NOWAIT", -ret, f"state {state}")
+
     def create_guest_memfd(self, size: int, flags: int = 0) -> int:
         """``KVM_CREATE_GUEST_MEMFD`` of ``size`` bytes: a file descriptor, which the caller closes.
 
@@ -138,6 +164,10 @@ class KvmVm:
         log.dirty_bitmap = addressof(bitmap)
         self._call("KVM_GET_DIRTY_LOG", log, f"slot {slot}")
         return bytes(bitmap)
+
+    def create_irqchip(self) -> None:
+        """``KVM_CREATE_IRQCHIP``: see :meth:`guestfault.kvm.protocols.Vm.create_irqchip`."""
+        kvm_call(self._fd, "KVM_CREATE_IRQCHIP")
 
     def create_vcpu(self, vcpu_id: int) -> KvmVcpu:
         """``KVM_CREATE_VCPU``, with the CPUID that KVM supports set at once.

@@ -126,7 +126,8 @@ class Mapping:
         offset: int = 0,
     ) -> None:
         fd = -1 if memfd is None else memfd.fd
-        result = call(_mmap, None, size, prot, flags | uapi.MAP_NORESERVE, fd, offset)
+        flags |= uapi.MAP_NORESERVE
+        result = call(_mmap, None, size, prot, flags, fd, offset)
         of = "anonymous" if memfd is None else memfd.name
         self.address = check(result, "mmap", f"{of}, {offset:#x}+{size:#x}, prot {prot:#x}")
         self.size = size
@@ -134,6 +135,8 @@ class Mapping:
         self.memfd = memfd
         self._view: memoryview | None = None
         self._exporter: weakref.ref[object] | None = None
+        self._prot = prot
+        self._flags = flags
         self._mapped = True
         if memfd is not None:
             memfd.mapped.append(self)
@@ -197,6 +200,41 @@ class Mapping:
         with invalidating(at, at + size):
             result = call(_madvise, at, size, uapi.MADV_DONTNEED)
         check(result, "madvise(MADV_DONTNEED)", f"{at:#x}+{size:#x}")
+
+    def unmap(self, offset: int, size: int) -> None:
+        """Leave nothing mapped at a part, until :meth:`map_again`.  ``munmap(2)``.
+
+        Trap: the kernel may put the next mapping that anybody makes there.  Keep the part smaller
+        than any, and the time short.
+        """
+        at = self._at(offset, size)
+        with invalidating(at, at + size):
+            result = call(_munmap, at, size)
+        check(result, "munmap", f"{at:#x}+{size:#x}")
+
+    def map_again(self, offset: int, size: int) -> None:
+        """Map a part as the whole was when it was made, whatever has become of it since.
+
+        Raises :class:`~guestfault.errors.KernelError`, EEXIST if something else is mapped there by
+        now: it is left alone.
+        """
+        at = self._at(offset, size)
+        fd = -1 if self.memfd is None else self.memfd.fd
+        flags = self._flags | uapi.MAP_FIXED_NOREPLACE
+        result = call(_mmap, at, size, self._prot, flags, fd, self.offset + offset)
+        check(result, "mmap", f"{at:#x}+{size:#x}, again")
+
+    def hwpoison(self, offset: int, size: int) -> None:
+        """Have the kernel take pages for broken memory (``MADV_HWPOISON``): they are lost for good.
+
+        The *machine* loses them, until it boots again; other mappings of the file lose the content.
+        For a machine that was made for it.  Raises :class:`~guestfault.errors.KernelError`: EPERM
+        without CAP_SYS_ADMIN, EINVAL without CONFIG_MEMORY_FAILURE.
+        """
+        at = self._at(offset, size)
+        with invalidating(at, at + size):
+            result = call(_madvise, at, size, uapi.MADV_HWPOISON)
+        check(result, "madvise(MADV_HWPOISON)", f"{at:#x}+{size:#x}")
 
     def populate_read(self, offset: int, size: int) -> int:
         """:func:`populate_read` of a part; 0 or a negative errno."""

@@ -83,6 +83,13 @@ class Memfd:
             self.close()
             raise
 
+    @classmethod
+    def adopt(cls, fd: int, name: str, size: int) -> Self:
+        """Take over a file of another kind that is open already, such as a guest_memfd."""
+        memfd = cls.__new__(cls)
+        memfd.fd, memfd.name, memfd.size, memfd.mapped = fd, name, size, []
+        return memfd
+
     def truncate(self, size: int) -> None:
         """Set the file's size in bytes.
 

@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Self
 
 from guestfault.errors import KernelError, Unavailable
-from guestfault.linux import userfaultfd_open
+from guestfault.linux import userfaultfd_open, userfaultfd_ranges
 from guestfault.linux.ioctl import check, ioctl
 from guestfault.linux.mmu_notifier import invalidating
 from guestfault.linux.userfaultfd_events import (
@@ -95,12 +95,20 @@ class Userfaultfd:
     size on hugetlb).  ``dontwake`` leaves the sleepers to a later :meth:`wake`.
     """
 
-    def __init__(self, fd: int, features: Feature, offered: Feature, ioctls: Ioctl) -> None:
+    def __init__(
+        self,
+        fd: int,
+        features: Feature,
+        offered: Feature,
+        ioctls: Ioctl,
+        user_mode_only: bool = False,
+    ) -> None:
         self.fd = fd
         self.features = features
         self.offered = offered
         self.ioctls = ioctls
         self._thread_ids = Feature.THREAD_ID in features
+        self._user_mode_only = user_mode_only
 
     @classmethod
     def open(
@@ -135,7 +143,7 @@ class Userfaultfd:
             if fd >= 0:
                 os.close(fd)
             raise
-        return cls(fd, wanted, offered, ioctls)
+        return cls(fd, wanted, offered, ioctls, user_mode_only)
 
     def register(self, address: int, size: int, mode: int) -> Ioctl:
         """Take over the faults of a range, of the kinds in ``mode``; what can be done to it.
@@ -150,6 +158,8 @@ class Userfaultfd:
         arg = uapi.uffdio_register(uapi.uffdio_range(address, size), mode, 0)
         result = ioctl(self.fd, uapi.UFFDIO_REGISTER, byref(arg))
         check(result, "UFFDIO_REGISTER", f"{address:#x}+{size:#x}, {Mode(mode)!r}")
+        if not self._user_mode_only and Feature.SIGBUS not in self.features:
+            userfaultfd_ranges.note(self.fd, address, size)
         return Ioctl(arg.ioctls)
 
     def unregister(self, address: int, size: int) -> None:
@@ -160,6 +170,7 @@ class Userfaultfd:
         arg = uapi.uffdio_range(address, size)
         result = ioctl(self.fd, uapi.UFFDIO_UNREGISTER, byref(arg))
         check(result, "UFFDIO_UNREGISTER", f"{address:#x}+{size:#x}")
+        userfaultfd_ranges.forget(self.fd, address, size)
 
     def wake(self, address: int, size: int) -> None:
         """Wake whoever sleeps in a range, to make the access again and fault again if it must.
@@ -259,6 +270,7 @@ class Userfaultfd:
         May be called again.
         """
         if self.fd >= 0:
+            userfaultfd_ranges.forget(self.fd)
             os.close(self.fd)
             self.fd = -1
 

@@ -13,6 +13,7 @@ Protected       it is PROT_NONE                            nothing, but a VMA fo
 ==============  =========================================  =======================================
 
 An ordinary slot cannot have an Unpopulated view: KVM's slow GUP would fill its holes with zeros.
+A fourth, a bitmap that KVM looks at, lies over one of these: :mod:`guestfault.memory.userfault`.
 
 A view has two states besides.  :meth:`GuestView.shut` makes every page inaccessible at once and
 releases whoever sleeps in one, into an error and never into a page of zeros: it is how a VM is
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import Protocol
+from typing import Protocol, Self
 
 from guestfault.errors import KernelError
 from guestfault.linux.userfaultfd import Feature, Mode, Userfaultfd
@@ -91,6 +92,29 @@ class Unpopulated:
         """Nothing to give up."""
 
 
+class _GuestMapping(Protocol):
+    """What :class:`Registered` needs of the guest view."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    def protect(self, offset: int, size: int, prot: int) -> None:
+        """See :meth:`guestfault.linux.mapping.Mapping.protect`."""
+
+
+class _Ram(Protocol):
+    """What :class:`Registered` needs of guest RAM."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def guest(self) -> _GuestMapping:
+        """The guest view."""
+
+
 class Registered:
     """Absent is what userfaultfd has not let in.
 
@@ -103,19 +127,31 @@ class Registered:
     """
 
     def __init__(self, ram: GuestRam, *, sigbus: bool) -> None:
-        self._ram = ram
-        self.name = "userfaultfd, failing" if sigbus else "userfaultfd, waiting"
         required = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM
         if sigbus:
-            self.uffd = Userfaultfd.open(
+            uffd = Userfaultfd.open(
                 Feature.THREAD_ID, required=required | Feature.SIGBUS, user_mode_only=True
             )
         else:
-            self.uffd = Userfaultfd.open(Feature.THREAD_ID, required=required)
+            uffd = Userfaultfd.open(Feature.THREAD_ID, required=required)
+        self._take_over(ram, uffd)
+
+    @classmethod
+    def over(cls, ram: _Ram, uffd: Userfaultfd) -> Self:
+        """The same over a userfaultfd that is open already."""
+        view = cls.__new__(cls)
+        view._take_over(ram, uffd)
+        return view
+
+    def _take_over(self, ram: _Ram, uffd: Userfaultfd) -> None:
+        failing = Feature.SIGBUS in uffd.features
+        self.name = "userfaultfd, failing" if failing else "userfaultfd, waiting"
+        self._ram = ram
+        self.uffd = uffd
         try:
-            self.uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
+            uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
         except BaseException:
-            self.uffd.close()
+            uffd.close()
             raise
 
     def bring_in(self, offset: int, size: int) -> None:

@@ -41,17 +41,20 @@ class UserfaultHandler:
         self._view = view
         self._on_failure = on_failure
         self.account = FaultAccount()
-        self._unserved: set[int] = set()  # offsets of pages that are slept in
+        self._unserved: dict[int, PageFault] = {}  # by offset: the pages that are slept in
         self._released = False
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to serve.  Nobody sleeps yet; pages that :meth:`release` shut are open again."""
+        """Begin to serve; pages that :meth:`release` shut are open again.
+
+        Faults that were left unserved are tried first: a KVM may have called its vCPU away from a
+        page, and left one behind who sleeps there and will not ask again.
+        """
         if self._released:
             self._view.reopen()
         self._released = False
-        self._unserved.clear()
         self._thread = threading.Thread(target=self._serve, name="userfaultfd", daemon=True)
         self._thread.start()
 
@@ -85,6 +88,8 @@ class UserfaultHandler:
             self._stop_fd = -1
 
     def _serve(self) -> None:
+        for fault in tuple(self._unserved.values()):
+            self._resolve(fault, time.perf_counter_ns())
         poll = select.poll()
         poll.register(self._view.uffd.fileno(), select.POLLIN)
         poll.register(self._stop_fd, select.POLLIN)
@@ -98,7 +103,7 @@ class UserfaultHandler:
 
     def _read_faults(self) -> list[PageFault]:
         faults = [event for event in self._view.uffd.read_events() if isinstance(event, PageFault)]
-        self._unserved.update(self._offset(fault) for fault in faults)
+        self._unserved.update((self._offset(fault), fault) for fault in faults)
         return faults
 
     def _offset(self, fault: PageFault) -> int:
@@ -114,5 +119,5 @@ class UserfaultHandler:
             # Whatever it is, a thread that died of it would leave the sleeper asleep for ever.
             self._on_failure(fault, error)
             return
-        self._unserved.discard(offset)
+        self._unserved.pop(offset, None)
         self.account.latency.record(time.perf_counter_ns() - began)

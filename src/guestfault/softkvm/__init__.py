@@ -9,6 +9,8 @@ structures carry Linux's names, so that a reader of the kernel finds each in one
   :mod:`~guestfault.softkvm.mmu` through the second stage, :mod:`~guestfault.softkvm.pfn` through
   the host's memory (:mod:`~guestfault.softkvm.mm`);
 - :mod:`~guestfault.softkvm.efault` tells userspace of an access that failed;
-- :mod:`~guestfault.softkvm.emulate`, :mod:`~guestfault.softkvm.mmio` and
-  :mod:`~guestfault.softkvm.exceptions` are what KVM does for the guest.
+- :mod:`~guestfault.softkvm.emulator` carries out instructions in the guest's place, with KVM's own
+  copies from and to memory (:mod:`~guestfault.softkvm.guest_access`);
+- :mod:`~guestfault.softkvm.emulate`, :mod:`~guestfault.softkvm.pio` and
+  :mod:`~guestfault.softkvm.exceptions` are what else KVM does for the guest.
 """

@@ -5,8 +5,11 @@ something needs KVM, and says what: a :class:`Stop`.
 
 - *Memory.*  Unicorn's TLB is in virtual mode: on every TLB miss it asks ``tlb_fill(gva, access)``
   and gets a guest physical address and rights, or a refusal, on which it stops with RIP on the
-  instruction.  RAM is one ``mem_map_ptr`` per slot; everything above is a device window whose
-  accesses come back as calls (:mod:`guestfault.softkvm.mmio`).
+  instruction.  RAM is one ``mem_map_ptr`` per slot.
+- *Emulation.*  To carry out an instruction that KVM emulates is one single step in which the
+  processor sees no memory of the guest, but a copy of the instruction
+  (:mod:`guestfault.softkvm.emulated_code`) and a window whose accesses come back as calls
+  (:mod:`guestfault.softkvm.device_window`).
 - *Privileged instructions* are SVM intercepts and exact: HLT, MSR and control register accesses,
   INVLPG, INT n and every exception arrive with RIP on the instruction.
 - *Port I/O* is not: Unicorn runs IN and OUT without asking anyone and goes on inside the block.  So
@@ -19,30 +22,32 @@ under another's translation is not noticed until something flushes it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable, Iterator
 
 import unicorn
 from unicorn import x86_const as ux
 
+from guestfault.softkvm.device_window import DEVICE_WINDOW, DeviceWindow
+from guestfault.softkvm.emulated_code import EmulatedCode
 from guestfault.softkvm.engine import Engine, Registers, State, error_text
 from guestfault.softkvm.planted import Planted
 from guestfault.softkvm.processor import (
-    DEVICE_WINDOW,
+    ABANDONED,
     GPRS,
     MAX_PHYS,
     REFUSED,
     REQUESTED,
     STEPPED,
     TRAP,
+    Access,
+    EmulatedMemory,
     Hooks,
     Stop,
     StopKind,
 )
-from guestfault.softkvm.segment_cache import SegmentCache, find_offset, read_segments
+from guestfault.softkvm.segment_cache import SegmentCache, find_offset, read_segment, read_segments
 from guestfault.softkvm.vmcb import VMCB_SIZE, fill_vmcb
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import CR4_PAE, EFER_LMA, X86_EFLAGS_TF
@@ -52,6 +57,8 @@ __all__ = ["Cpu"]
 _PRIVATE = DEVICE_WINDOW + MAX_PHYS
 _CODE, _HSAVE, _VMCB, _BITMAPS = 0x0000, 0x1000, 0x2000, 0x3000
 _PRIVATE_SIZE = 0x7000
+_COPIES = _PRIVATE + 0x100_0000
+_FETCH = int(Access.FETCH)
 _VMLOAD_VMRUN = bytes.fromhex("0f01da 0f01d8")
 _ENTRY = 0x10000  # linear address of the entry code; nothing else is mapped while it runs
 
@@ -88,7 +95,10 @@ class Cpu:
             anchor = ctypes.c_char.from_buffer(view)
             engine.map(_PRIVATE, _PRIVATE_SIZE, ctypes.addressof(anchor))
             del anchor
-        engine.map_devices(DEVICE_WINDOW, MAX_PHYS, hooks.device_read, hooks.device_write)
+        self._window = window = DeviceWindow()
+        engine.map_devices(DEVICE_WINDOW, MAX_PHYS, window.on_read, window.on_write)
+        self._on_access = engine.accesses_callback(window.on_access)
+        self._copies = EmulatedCode(engine, _COPIES)
         engine.hook_tlb_fill(self._on_tlb_miss)
         engine.hook_interrupt(self._on_interrupt)
         engine.hook_new_block(self._on_new_block)
@@ -106,6 +116,7 @@ class Cpu:
         self._outside, self._now, self._saved = State(engine), State(engine), State(engine)
         self._outside.save()
         self._entering = False
+        self._emulating = False
         self._retranslate = False
         self._stop: Stop | None = None
         self.efer = 0  # kept here: an MSR read in guest mode is an intercept, even from outside
@@ -121,6 +132,7 @@ class Cpu:
         """Free the engine: it keeps the mappings of guest memory that it was given."""
         self._engine.close()
         self._private.close()
+        self._copies.close()
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -202,12 +214,12 @@ class Cpu:
 
     def segment_base(self, name: str) -> int:
         """The base that a segment adds to an address."""
-        return self.segments()[name].base
+        return self._segment(name).base
 
     @property
     def linear_rip(self) -> int:
         """CS base + RIP."""
-        return (self.segments()["cs"].base + self.rip) & (2**64 - 1)
+        return (self._segment("cs").base + self.rip) & (2**64 - 1)
 
     def skip(self, length: int) -> None:
         """Step over an instruction that has been emulated."""
@@ -237,20 +249,16 @@ class Cpu:
         self._now.save()
         return read_segments(self._now, _segment_offset())
 
+    def _segment(self, name: str) -> SegmentCache:
+        self._now.save()
+        return read_segment(self._now, _segment_offset(), name)
+
     def code_size(self) -> int:
         """16, 32 or 64: how the bytes at CS:RIP are to be decoded."""
-        attributes = self.segments()["cs"].attributes
+        attributes = self._segment("cs").attributes
         if attributes >> 9 & 1 and self.efer & EFER_LMA:
             return 64
         return 32 if attributes >> 10 & 1 else 16
-
-    def save(self) -> None:
-        """Keep the processor's whole state for :meth:`restore`.  There is room for one."""
-        self._saved.save()
-
-    def restore(self) -> None:
-        """Put the processor back to where it was at :meth:`save`."""
-        self._saved.restore()
 
     # -- running ------------------------------------------------------------------------------
 
@@ -285,14 +293,28 @@ class Cpu:
                 return STEPPED
         return stop
 
-    @contextlib.contextmanager
-    def watching(self, on_access: Callable[[int, int], None]) -> Iterator[None]:
-        """Call ``on_access(linear address, size)`` before each data access that misses the TLB."""
-        hook = self._engine.hook_accesses(on_access)
+    def emulate(self, linear: int, code: bytes, operand: int, memory: EmulatedMemory) -> Stop:
+        """See :meth:`~guestfault.softkvm.processor.Processor.emulate`."""
+        engine, window = self._engine, self._window
+        self._saved.save()
+        window.begin(memory, operand)
+        self._copies.begin(linear, code)
+        engine.flush_tlb()
+        hook = engine.hook_accesses(self._on_access)
+        self._emulating = True
         try:
-            yield
+            stop = self.step()
+            if stop is STEPPED or stop == TRAP:
+                window.finish()
         finally:
-            self._engine.unhook(hook)
+            self._emulating = False
+            engine.unhook(hook)
+            engine.flush_tlb()
+        if window.refused:
+            stop = ABANDONED
+        if stop is not STEPPED and stop != TRAP:
+            self._saved.restore()
+        return stop
 
     def unplant(self) -> None:
         """What is at RIP is not an instruction to stop on: let it run."""
@@ -309,6 +331,9 @@ class Cpu:
             if gva >> 12 == _ENTRY >> 12:
                 return _PRIVATE + _CODE, unicorn.UC_PROT_ALL
             return None  # VMRUN has been executed and its guest wants its first instruction
+        if self._emulating:
+            at = self._copies.page(gva) if access == _FETCH else self._window.page(gva)
+            return None if at is None else (at, unicorn.UC_PROT_ALL)
         answer = self._tlb_fill(gva, access)
         if answer is None:
             self._stop = REFUSED
@@ -319,7 +344,7 @@ class Cpu:
         self._engine.stop_here()
 
     def _on_new_block(self, address: int, size: int) -> None:
-        if self._entering:
+        if self._entering or self._emulating:
             return
         code = self._fetch(address, size)
         if code is None:
@@ -330,6 +355,8 @@ class Cpu:
         self._engine.stop_here()  # before the block runs
 
     def _on_planted(self) -> None:
+        if self._emulating:
+            return  # one that another instruction left behind
         self._stop = _PLANTED
         self._engine.stop_here()
 
@@ -337,7 +364,7 @@ class Cpu:
 @functools.cache
 def _segment_offset() -> int:
     """Found once per process, on a processor made for it."""
-    cpu = Cpu(Hooks(lambda *_: None, lambda *_: None, lambda *_: 0, lambda *_: None))
+    cpu = Cpu(Hooks(lambda *_: None, lambda *_: None))
     sregs = uapi.kvm_sregs()
     sregs.es.base = _SENTINEL
     sregs.cr0 = 0x10

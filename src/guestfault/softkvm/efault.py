@@ -1,29 +1,145 @@
-"""The helper that tells userspace which access failed: the seed thread's ``kvm_handle_efault``.
+"""The helper that tells userspace which access failed, for every published version of it.
+
+It has had four names: ``kvm_memfault_exit_or_efault`` (WIP v2), ``kvm_populate_efault_info`` (v3,
+v4), ``kvm_handle_guest_uaccess_fault`` (v5) and ``kvm_prepare_memory_fault_exit`` (v6 and what was
+merged).  Here it has the one of the seed thread's sketch, :func:`kvm_handle_efault`, is written
+once, and asks the dialect: whether this site is annotated, whether userspace has opted in, what
+must hold before ``kvm_run`` may be written (the guards), where the payload goes, and what
+``KVM_RUN`` then fails with.
 
 The thread's worry is a fill that lands on the wrong vCPU's run page, or on a run page that holds
-another exit.  Its remedy is the guard here: the vCPU must be the one that this thread has loaded
-(``kvm_running_vcpu``), or nothing is written.  The caller returns -EFAULT either way.
+another exit.  Its remedy is a guard: the vCPU must be the one that this thread has loaded
+(``kvm_running_vcpu``), or nothing is written.
+
+A filled page must also not outlive its exit.  The versions differ in when they see to that:
+:func:`kvm_run_begin` is called as ``KVM_RUN`` begins, :func:`vcpu_run_begin` when the last exit is
+complete and the guest is about to be entered.
 """
 
 from __future__ import annotations
 
 import errno
-import warnings
 
-from guestfault.dialect.record import Guard
-from guestfault.softkvm.kvm_host import KvmVcpu, kvm_get_running_vcpu
+from guestfault.dialect.interface import Payload
+from guestfault.dialect.record import Dialect, Guard, Reason, Reset, Site
+from guestfault.dialect.unmerged import (
+    KVM_SPEC_EXIT_MEMORY_FAULT,
+    KVM_SPEC_EXIT_UNUSED,
+    speculative_exit,
+)
+from guestfault.softkvm.kvm_host import Kvm, KvmVcpu, kvm_get_running_vcpu
+from guestfault.softkvm.preempt import preemption_point
+from guestfault.uapi import kvm as uapi
 
-__all__ = ["kvm_handle_efault"]
+__all__ = ["forget_annotation", "kvm_handle_efault", "kvm_run_begin", "vcpu_run_begin"]
+
+_UNKNOWN, _MISSING = Reason.UNKNOWN, Reason.MISSING
 
 
-def kvm_handle_efault(vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> int:
-    """Fill ``kvm_run.memory_fault`` if the dialect's guard lets it.  Always returns -EFAULT."""
-    dialect = vcpu.kvm.dialect
-    if dialect.guard is Guard.LOADED_VCPU and kvm_get_running_vcpu() is not vcpu:
-        warnings.warn(f"kvm_handle_efault: vCPU {vcpu.vcpu_id} is not the loaded one", stacklevel=2)
-        return -errno.EFAULT
-    run = vcpu.run
-    run.exit_reason = dialect.interface.exit_reason
-    fault = run.memory_fault
-    fault.flags, fault.gpa, fault.size = flags, gpa, size
-    return -errno.EFAULT
+def kvm_handle_efault(
+    vcpu: KvmVcpu,
+    site: Site,
+    gpa: int,
+    size: int,
+    *,
+    write: bool = False,
+    exec_: bool = False,
+    private: bool = False,
+    reason: Reason = _UNKNOWN,
+    r: int = -errno.EFAULT,
+) -> int:
+    """An access to ``[gpa, gpa + size)`` failed at ``site``: what the caller is to return.
+
+    Where the dialect annotates the site and nothing forbids it, ``kvm_run`` is filled; the result
+    is then the dialect's.  Else it is ``r``, a negative errno, and nothing is written.
+    """
+    kvm = vcpu.kvm
+    dialect = kvm.dialect
+    if site not in dialect.annotated or not _wanted(kvm, dialect, reason):
+        return r
+    if dialect.guards and not _guards_let(kvm, dialect, vcpu):
+        return r
+    if site in dialect.sizes_in_pages:
+        size >>= 12
+    interface = dialect.interface
+    flags = _flags(dialect, write, exec_, private, reason)
+    preemption_point("kvm_handle_efault: fill kvm_run", ("kvm_run", vcpu.vcpu_id), True)
+    if interface.payload is Payload.UNION:
+        fault = vcpu.run.memory_fault
+        vcpu.run.exit_reason = interface.exit_reason
+        fault.gpa, fault.size = gpa, size
+        if interface.flags_written:
+            fault.flags = flags
+    else:
+        second = speculative_exit(vcpu.run_area)
+        second.flags, second.gpa, second.len = flags, gpa, size
+        vcpu.speculative_exit_canary = KVM_SPEC_EXIT_MEMORY_FAULT
+        vcpu.run.flags |= interface.filled_flag
+    return r if dialect.fill_errno == errno.EFAULT else -dialect.fill_errno
+
+
+def _wanted(kvm: Kvm, dialect: Dialect, reason: Reason) -> bool:
+    """Whether userspace has asked for it, in the versions that want to be asked."""
+    if kvm.must_opt_in:
+        asked = dialect.flag_missing if reason is _MISSING else dialect.flag_unknown
+        return kvm.fill_efault_info or kvm.memfault_exit_reasons & asked != 0
+    return reason is _MISSING or not dialect.annotates_only_missing
+
+
+def _guards_let(kvm: Kvm, dialect: Dialect, vcpu: KvmVcpu) -> bool:
+    """Look at each guard; whether none of them forbids to fill."""
+    for guard in dialect.guards:
+        match guard:
+            case Guard.LOADED_VCPU:
+                running = kvm_get_running_vcpu()
+                tripped = running is not vcpu
+                text = f"vCPU {vcpu.vcpu_id} is not the loaded one"
+            case Guard.EXIT_REASON_UNKNOWN:
+                tripped = vcpu.run.exit_reason != uapi.KVM_EXIT_UNKNOWN
+                text = f"vCPU {vcpu.vcpu_id} has exit {vcpu.run.exit_reason} prepared"
+            case Guard.CANARY:
+                tripped = vcpu.speculative_exit_canary != KVM_SPEC_EXIT_UNUSED
+                text = f"vCPU {vcpu.vcpu_id} is filled already"
+            case Guard.VCPU_NOT_NULL:
+                continue  # here the type says so
+        if tripped:
+            kvm.warn_on_once(f"kvm_handle_efault: {text}")
+            if guard not in dialect.warns_only:
+                return False
+    return True
+
+
+def _flags(dialect: Dialect, write: bool, exec_: bool, private: bool, reason: Reason) -> int:
+    """``memory_fault.flags``."""
+    flags = dialect.flag_write if write else dialect.flag_exec if exec_ else dialect.flag_read
+    if private:
+        flags |= dialect.flag_private
+    if reason is _UNKNOWN:
+        return flags | dialect.flag_unknown
+    return flags | (dialect.flag_missing if reason is _MISSING else dialect.flag_userfault)
+
+
+def kvm_run_begin(vcpu: KvmVcpu) -> None:
+    """``KVM_RUN`` begins; the last exit may not be complete yet."""
+    interface = vcpu.kvm.dialect.interface
+    if vcpu.kvm.dialect.reset is Reset.AT_ENTRY:
+        vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
+    if interface.payload is Payload.SECOND_UNION:
+        vcpu.speculative_exit_canary = KVM_SPEC_EXIT_UNUSED
+        vcpu.run.flags &= ~interface.filled_flag
+
+
+def vcpu_run_begin(vcpu: KvmVcpu) -> None:
+    """The last exit is complete; the guest is about to be entered."""
+    if vcpu.kvm.dialect.reset is Reset.BEFORE_LOOP:
+        vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
+
+
+def forget_annotation(vcpu: KvmVcpu) -> None:
+    """Take an annotation back that no processor would have caused: ours translates ahead."""
+    interface = vcpu.kvm.dialect.interface
+    if interface.payload is Payload.SECOND_UNION:
+        vcpu.speculative_exit_canary = KVM_SPEC_EXIT_UNUSED
+        vcpu.run.flags &= ~interface.filled_flag
+    else:
+        vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN

@@ -1,51 +1,52 @@
-"""Instructions that KVM performs for the guest: port I/O, HLT, MSRs, control registers, INT n.
+"""Instructions at which the guest stops by itself: HLT, MSRs, control registers, INT n, port I/O.
 
-Each is decoded at RIP, as KVM's emulator does, and either done here or handed to userspace.  Memory
-they touch goes through :mod:`guestfault.softkvm.guest_mmu`, so a failed access is the
-same -EFAULT as any other.  An instruction that is not known here is KVM_EXIT_INTERNAL_ERROR with
-the bytes that could not be emulated; it is never skipped.
+The processor names each in its exit, and each has its handler: here, or in
+:mod:`guestfault.softkvm.pio`.  One that is not known is KVM_EXIT_INTERNAL_ERROR with the bytes that
+could not be emulated; it is never skipped.  They access no memory, but for string port I/O, and for
+INT n where KVM itself delivers that (:mod:`guestfault.softkvm.realmode`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import iced_x86
-from iced_x86 import Mnemonic, OpKind, Register
+from iced_x86 import CodeSize, Mnemonic, Register
 
-from guestfault.softkvm.guest_mmu import probe_guest_virt, read_guest_virt, write_guest_virt
+from guestfault.softkvm.async_pf import (
+    kvm_async_pf_hash_reset,
+    kvm_clear_async_pf_completion_queue,
+)
+from guestfault.softkvm.block import kvm_emulate_halt
+from guestfault.softkvm.emulator import x86_emulate_instruction
 from guestfault.softkvm.internal_error import decode, internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.msr import read_msr, write_msr
+from guestfault.softkvm.pio import STRING_IO, kvm_fast_pio, string_io
+from guestfault.softkvm.realmode import em_int
 from guestfault.softkvm.refusal import AccessFailed, GuestException
+from guestfault.softkvm.shadow_context import kvm_mmu_invlpg, load_pdptrs
 from guestfault.softkvm.vmcb import SvmExit
 from guestfault.uapi import kvm as uapi
+from guestfault.x86.addressing import CodeContext
 from guestfault.x86.registers import (
+    CR0_CD,
+    CR0_NW,
     CR0_PE,
     CR0_PG,
     CR0_TS,
     CR4_PAE,
+    CR4_PGE,
+    CR4_PSE,
+    CR4_SMEP,
     EFER_LMA,
     EFER_LME,
     GP_VECTOR,
     UD_VECTOR,
-    X86_EFLAGS_DF,
-    X86_EFLAGS_IOPL,
-    X86_EFLAGS_IOPL_BIT,
-    X86_EFLAGS_VM,
 )
+from guestfault.x86.state import CpuState
 
-__all__ = ["PIO_PAGE_OFFSET", "emulate_intercept", "emulate_planted"]
-
-PIO_PAGE_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
-_U64 = 2**64 - 1
-
-
-# -- port I/O ------------------------------------------------------------------------------------
-
-_SIZES = {Register.AL: 1, Register.AX: 2, Register.EAX: 4}
-_IN_STRING = {Mnemonic.INSB: 1, Mnemonic.INSW: 2, Mnemonic.INSD: 4}
-_OUT_STRING = {Mnemonic.OUTSB: 1, Mnemonic.OUTSW: 2, Mnemonic.OUTSD: 4}
+__all__ = ["emulate_intercept", "emulate_planted"]
 
 
 def emulate_planted(vcpu: KvmVcpu) -> int | None:
@@ -61,147 +62,10 @@ def emulate_planted(vcpu: KvmVcpu) -> int | None:
     if m == Mnemonic.SWAPGS:
         return _swapgs(vcpu, insn)
     if m in (Mnemonic.IN, Mnemonic.OUT):
-        is_in = m == Mnemonic.IN
-        size = _SIZES[insn.op0_register if is_in else insn.op1_register]
-        port_op = 1 if is_in else 0
-        if insn.op_kind(port_op) == OpKind.IMMEDIATE8:
-            port = insn.immediate8
-        else:
-            port = vcpu.cpu.get("rdx") & 0xFFFF
-        _check_port(vcpu, port, size)
-        data = None if is_in else vcpu.cpu.get("rax")
-        finish = _finish_in if is_in else _finish_out
-        return _exit_io(vcpu, port, size, data, lambda: finish(vcpu, insn.len, size))
-    if m in _IN_STRING or m in _OUT_STRING:
-        return _string_io(vcpu, insn)
+        return kvm_fast_pio(vcpu, insn)
+    if m in STRING_IO:
+        return string_io(vcpu, insn)
     return None
-
-
-def _check_port(vcpu: KvmVcpu, port: int, size: int) -> None:
-    """``emulator_io_permitted``: IOPL, then the TSS's bitmap; #GP otherwise."""
-    rflags = vcpu.rflags
-    iopl = (rflags & X86_EFLAGS_IOPL) >> X86_EFLAGS_IOPL_BIT
-    if not vcpu.sregs.cr0 & CR0_PE or (vcpu.cpl <= iopl and not rflags & X86_EFLAGS_VM):
-        return
-    sregs = vcpu.sync_sregs()
-    denied = AccessFailed(GuestException(GP_VECTOR, 0))
-    if sregs.tr.unusable or sregs.tr.limit < 103:
-        raise denied
-    bitmap = int.from_bytes(read_guest_virt(vcpu, sregs.tr.base + 102, 2, implicit=True), "little")
-    at = bitmap + port // 8
-    if at + 1 > sregs.tr.limit:
-        raise denied
-    bits = int.from_bytes(read_guest_virt(vcpu, sregs.tr.base + at, 2, implicit=True), "little")
-    if bits >> (port & 7) & ((1 << size) - 1):
-        raise denied
-
-
-def _exit_io(
-    vcpu: KvmVcpu, port: int, size: int, data: int | None, finish: Callable[[], int]
-) -> int:
-    """KVM_EXIT_IO for one element; ``data`` is what goes out, ``None`` asks for what comes in."""
-    run = vcpu.run
-    run.exit_reason = uapi.KVM_EXIT_IO
-    run.io.direction = uapi.KVM_EXIT_IO_IN if data is None else uapi.KVM_EXIT_IO_OUT
-    run.io.size, run.io.port, run.io.count = size, port, 1
-    run.io.data_offset = PIO_PAGE_OFFSET
-    if data is not None:
-        low = data & (1 << 8 * size) - 1
-        vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size] = low.to_bytes(size, "little")
-    vcpu.stat.io_exits += 1
-    linear_rip = vcpu.cpu.linear_rip
-
-    def complete() -> int:
-        # RIP moves when userspace has done its part, unless that included moving RIP elsewhere:
-        # complete_fast_pio_out() and complete_fast_pio_in() look, too.
-        return finish() if vcpu.cpu.linear_rip == linear_rip else 1
-
-    vcpu.complete_userspace_io = complete
-    return 0
-
-
-def _finish_out(vcpu: KvmVcpu, length: int, _size: int) -> int:
-    vcpu.cpu.skip(length)
-    return 1
-
-
-def _finish_in(vcpu: KvmVcpu, length: int, size: int) -> int:
-    data = int.from_bytes(vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size], "little")
-    rax = vcpu.cpu.get("rax")
-    # A write to EAX clears the upper half of RAX; AL and AX leave the rest.
-    keep = 0 if size == 4 else rax & ~((1 << 8 * size) - 1)
-    vcpu.cpu.set("rax", keep | data)
-    vcpu.cpu.skip(length)
-    return 1
-
-
-def _string_io(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
-    """INS or OUTS, one element an exit; the processor would do as many as fit."""
-    is_in = insn.mnemonic in _IN_STRING
-    size = (_IN_STRING if is_in else _OUT_STRING)[insn.mnemonic]
-    regs = vcpu.cpu.named_gprs()
-    wide = _address_mask(insn, 1 if not is_in else 0)
-    repeat = insn.has_rep_prefix or insn.has_repne_prefix
-    if repeat and regs["rcx"] & wide == 0:
-        vcpu.cpu.skip(insn.len)
-        return 1
-    port = regs["rdx"] & 0xFFFF
-    _check_port(vcpu, port, size)
-    pointer = "rdi" if is_in else "rsi"
-    base = vcpu.cpu.segment_base("es" if is_in else _segment_name(insn))
-    address = (base + (regs[pointer] & wide)) & _U64
-    step = -size if regs["rflags"] & X86_EFLAGS_DF else size
-
-    def advance() -> int:
-        new = {pointer: regs[pointer] & ~wide | (regs[pointer] + step) & wide}
-        last = True
-        if repeat:
-            count = (regs["rcx"] - 1) & wide
-            new["rcx"] = regs["rcx"] & ~wide | count
-            last = count == 0
-        vcpu.cpu.write_gprs(new)
-        if last:
-            vcpu.cpu.skip(insn.len)
-        return 1
-
-    if not is_in:
-        data = int.from_bytes(read_guest_virt(vcpu, address, size), "little")
-        return _exit_io(vcpu, port, size, data, advance)
-    probe_guest_virt(vcpu, address, size)  # before the device is read, which cannot be undone
-
-    def store() -> int:
-        data = bytes(vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size])
-        try:
-            write_guest_virt(vcpu, address, data)
-        except AccessFailed:
-            # The page has gone since it was probed.  The data stays in the port I/O page, and the
-            # next KVM_RUN tries to store it again.
-            vcpu.complete_userspace_io = store
-            raise
-        return advance()
-
-    return _exit_io(vcpu, port, size, None, store)
-
-
-def _address_mask(insn: iced_x86.Instruction, memory_op: int) -> int:
-    kind = insn.op_kind(memory_op)
-    if kind in (OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_ESRDI):
-        return _U64
-    return 0xFFFFFFFF if kind in (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI) else 0xFFFF
-
-
-_SEGMENT_NAMES = {
-    Register.ES: "es",
-    Register.CS: "cs",
-    Register.SS: "ss",
-    Register.DS: "ds",
-    Register.FS: "fs",
-    Register.GS: "gs",
-}
-
-
-def _segment_name(insn: iced_x86.Instruction) -> str:
-    return _SEGMENT_NAMES[insn.memory_segment]
 
 
 def _swapgs(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
@@ -221,18 +85,13 @@ def emulate_intercept(vcpu: KvmVcpu, code: int) -> int:
     """An instruction that SVM intercepts."""
     match code:
         case SvmExit.HLT:
-            vcpu.cpu.skip(decode(vcpu).len)
-            vcpu.run.exit_reason = uapi.KVM_EXIT_HLT
-            return 0
+            return kvm_emulate_halt(vcpu)
         case SvmExit.WRITE_CR0 | SvmExit.WRITE_CR3 | SvmExit.WRITE_CR4 | SvmExit.WRITE_CR8:
             return _write_control_register(vcpu, decode(vcpu))
         case SvmExit.MSR:
             return _access_msr(vcpu, decode(vcpu))
         case SvmExit.INVLPG:
-            vcpu.cpu.skip(decode(vcpu).len)
-            vcpu.forget_walks()
-            vcpu.cpu.flush_tlb()
-            return 1
+            return _invlpg(vcpu, decode(vcpu))
         case SvmExit.SWINT:
             return _software_interrupt(vcpu, decode(vcpu))
         case _ if SvmExit.VMRUN <= code <= SvmExit.VMRUN + 6:
@@ -240,10 +99,32 @@ def emulate_intercept(vcpu: KvmVcpu, code: int) -> int:
     return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, f"#VMEXIT {code:#x}")
 
 
+def _invlpg(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
+    if vcpu.mmu is not None:
+        context = CodeContext(
+            CpuState.from_kvm(uapi.kvm_regs(**vcpu.cpu.named_gprs()), vcpu.sync_sregs()),
+            vcpu.cpu.code_size(),
+        )
+        base, index = insn.memory_base, insn.memory_index
+        size = (
+            iced_x86.RegisterInfo(base or index).size if base or index else insn.memory_displ_size
+        )
+        address = context.offset(
+            base, index, insn.memory_index_scale, insn.memory_displacement, _CODE_SIZES[size]
+        )
+        kvm_mmu_invlpg(vcpu, context.linear(insn.memory_segment, address))
+    vcpu.cpu.skip(insn.len)
+    vcpu.forget_walks()
+    vcpu.cpu.flush_tlb()
+    return 1
+
+
 def _software_interrupt(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
     vector = {Mnemonic.INT3: 3, Mnemonic.INTO: 4, Mnemonic.INT1: 1}.get(insn.mnemonic)
     if vector is None:
         vector = insn.immediate8
+    if not vcpu.kvm.unrestricted_guest and not vcpu.sregs.cr0 & CR0_PE:
+        return x86_emulate_instruction(vcpu, execute=functools.partial(em_int, vcpu, vector))
     raise AccessFailed(GuestException(vector, instruction_length=insn.len))
 
 
@@ -264,6 +145,9 @@ def _access_msr(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
     return 1
 
 
+_CR0_PDPTR_BITS = CR0_CD | CR0_NW | CR0_PG
+_CR4_PDPTR_BITS = CR4_PGE | CR4_PSE | CR4_PAE | CR4_SMEP
+_CODE_SIZES = {2: CodeSize.CODE16, 4: CodeSize.CODE32, 8: CodeSize.CODE64}
 _GPR_NAMES = {
     getattr(Register, prefix + name[1:].upper()): name
     for name in ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"]
@@ -282,10 +166,14 @@ def _write_control_register(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
         text = "LMSW is not emulated"
         return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
     if register == Register.CR3:
-        sregs.cr3 = value & ~(1 << 63)
+        value &= ~(1 << 63)
+        _load_pdptrs(vcpu, sregs.cr0, value, sregs.cr4)
+        sregs.cr3 = value
     elif register == Register.CR4:
         if vcpu.long_mode and not value & CR4_PAE:
             raise AccessFailed(GuestException(GP_VECTOR, 0))
+        if (value ^ sregs.cr4) & _CR4_PDPTR_BITS:
+            _load_pdptrs(vcpu, sregs.cr0, sregs.cr3, value)
         sregs.cr4 = value
     elif register == Register.CR8:
         sregs.cr8 = value & 15
@@ -296,9 +184,26 @@ def _write_control_register(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
             if not sregs.cr4 & CR4_PAE:
                 raise AccessFailed(GuestException(GP_VECTOR, 0))
             sregs.efer |= EFER_LMA
-        elif not value & CR0_PG:
+        elif (value ^ sregs.cr0) & _CR0_PDPTR_BITS:
+            _load_pdptrs(vcpu, value, sregs.cr3, sregs.cr4)
+        if not value & CR0_PG:
             sregs.efer &= ~EFER_LMA
+        if (value ^ sregs.cr0) & CR0_PG:
+            # kvm_post_set_cr0(): what was to be done again belongs to another mode.
+            kvm_clear_async_pf_completion_queue(vcpu)
+            kvm_async_pf_hash_reset(vcpu)
         sregs.cr0 = value
     vcpu.cpu.skip(insn.len)
     vcpu.load_sregs()
     return 1
+
+
+def _load_pdptrs(vcpu: KvmVcpu, cr0: int, cr3: int, cr4: int) -> None:
+    """Under shadow paging KVM reads a PAE guest's PDPTEs when they are loaded; #GP if it cannot.
+
+    With nested paging the processor reads them from memory, on each walk.
+    """
+    if vcpu.mmu is None or not (cr0 & CR0_PG and cr4 & CR4_PAE) or vcpu.sregs.efer & EFER_LME:
+        return
+    if not load_pdptrs(vcpu, cr3):
+        raise AccessFailed(GuestException(GP_VECTOR, 0))

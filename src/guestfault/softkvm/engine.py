@@ -28,6 +28,8 @@ from guestfault.softkvm.stop_check import StopFlag
 
 __all__ = ["Engine", "EngineError", "Registers", "State"]
 
+_MEM_WRITE = int(unicorn.UC_MEM_WRITE)
+
 _quick = ctypes.PyDLL(None, handle=uclib._handle)
 _slow = ctypes.CDLL(None, handle=uclib._handle)
 
@@ -196,14 +198,19 @@ class Engine:
     ) -> None:
         """``read(offset, size)`` and ``write(offset, size, value)`` for a range of addresses."""
 
+        # Here too without the guard, for the same reason as in hook_tlb_fill().
         def on_read(_uc: Any, offset: int, size: int, _data: Any) -> int:
-            with self._guard():
+            try:
                 return read(offset, size)
-            return 0
+            except BaseException as e:
+                self._raise_later(e)
+                return 0
 
         def on_write(_uc: Any, offset: int, size: int, value: int, _data: Any) -> None:
-            with self._guard():
+            try:
                 write(offset, size, value)
+            except BaseException as e:
+                self._raise_later(e)
 
         callbacks = _MMIO_READ(on_read), _MMIO_WRITE(on_write)
         self._hooks[-1] = callbacks
@@ -328,17 +335,25 @@ class Engine:
 
         return self._hook(unicorn.UC_HOOK_CODE, _CODE(on_code), address, address)
 
-    def hook_accesses(self, function: Callable[[int, int], None]) -> int:
-        """``function(address, size)`` before each data access of code that misses the TLB."""
+    def accesses_callback(self, function: Callable[[bool, int, int], None]) -> Any:
+        """What :meth:`hook_accesses` takes: ``function(is_write, physical address, size)``."""
 
         def on_access(
-            _uc: Any, _kind: int, address: int, size: int, _value: int, _data: Any
+            _uc: Any, kind: int, address: int, size: int, _value: int, _data: Any
         ) -> None:
-            with self._guard():
-                function(address, size)
+            try:
+                function(kind == _MEM_WRITE, address, size)
+            except BaseException as e:
+                self._raise_later(e)
 
-        kinds = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
-        return self._hook(kinds, _ACCESS(on_access))
+        return _ACCESS(on_access)
+
+    def hook_accesses(self, callback: Any) -> int:
+        """Call back before each access to data.
+
+        Not before each one to RAM: some of those are made without asking anybody.
+        """
+        return self._hook(unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE, callback)
 
     def unhook(self, hook: int) -> None:
         """Remove it."""

@@ -1,13 +1,14 @@
-"""Exceptions of the guest: how one is raised, how two combine, how one is delivered.
+"""How an exception gets to the guest: the delivery that a processor does, and Unicorn does not.
 
 Unicorn never delivers an exception through the guest's IDT, it reports it; delivery is ours.  It
 reads the IDT, perhaps a descriptor and the TSS, and writes a stack frame: guest memory that may be
 absent.  So everything is resolved before anything is written, and what cannot be resolved leaves
-the exception pending: the next KVM_RUN tries again.
+the exception pending: the next KVM_RUN tries again.  An exception on the way combines with the
+first (:mod:`guestfault.softkvm.exception_queue`).
 
-An exception during delivery combines with the first (SDM volume 3, table 6-5): two contributory
-ones or a page fault in a page fault make a double fault, anything serious after that is the triple
-fault, which KVM reports as KVM_EXIT_SHUTDOWN.
+These are accesses of the processor's, through the second stage, whose failure KVM_RUN reports.  In
+real mode that takes a processor which can (``Kvm.unrestricted_guest``); for another one KVM itself
+makes them (:mod:`guestfault.softkvm.realmode`).
 
 Delivered are real mode and long mode; 32-bit protected mode is an internal error that says so.
 """
@@ -19,16 +20,13 @@ import struct
 from guestfault.softkvm.guest_mmu import read_guest_virt, write_guest_virt
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.realmode import kvm_inject_realmode_interrupt
 from guestfault.softkvm.refusal import AccessFailed, Emulate, Exit, GuestException, Refusal
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import (
-    CONTRIBUTORY_VECTORS,
     CR0_PE,
-    DF_VECTOR,
-    ERROR_CODE_VECTORS,
     GP_VECTOR,
     NP_VECTOR,
-    PF_VECTOR,
     X86_EFLAGS_AC,
     X86_EFLAGS_IF,
     X86_EFLAGS_NT,
@@ -37,34 +35,10 @@ from guestfault.x86.registers import (
     X86_EFLAGS_VM,
 )
 
-__all__ = ["deliver", "from_intercept", "queue"]
+__all__ = ["deliver"]
 
 _INTERRUPT_GATE, _TRAP_GATE = 14, 15
-_EXTERNAL, _IN_IDT = 1, 2  # bits of a selector error code
-
-
-def from_intercept(vector: int) -> GuestException:
-    """The exception that the processor wanted to raise.  Its error code is not to be had: 0."""
-    return GuestException(vector, 0 if vector in ERROR_CODE_VECTORS else None)
-
-
-def queue(vcpu: KvmVcpu, new: GuestException) -> int:
-    """Make an exception pending, combined with one that is: 1, or 0 for a shutdown."""
-    first = vcpu.pending_exception
-    if first is not None and not first.instruction_length:
-        serious = new.vector == PF_VECTOR or new.vector in CONTRIBUTORY_VECTORS
-        if first.vector == DF_VECTOR and serious:
-            vcpu.pending_exception = None
-            vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
-            return 0
-        if (first.vector == PF_VECTOR and serious) or (
-            first.vector in CONTRIBUTORY_VECTORS and new.vector in CONTRIBUTORY_VECTORS
-        ):
-            new = GuestException(DF_VECTOR, 0, new.address)
-    if new.address is not None:
-        vcpu.cpu.set_cr2(new.address)
-    vcpu.pending_exception = new
-    return 1
+_IN_IDT = 2  # a bit of a selector error code
 
 
 def deliver(vcpu: KvmVcpu) -> Refusal | None:
@@ -73,7 +47,10 @@ def deliver(vcpu: KvmVcpu) -> Refusal | None:
     assert exception is not None
     sregs = vcpu.sync_sregs()
     try:
-        if not sregs.cr0 & CR0_PE:
+        if not sregs.cr0 & CR0_PE and not vcpu.kvm.unrestricted_guest:
+            inc_eip = exception.instruction_length
+            kvm_inject_realmode_interrupt(vcpu, exception.vector, inc_eip)
+        elif not sregs.cr0 & CR0_PE:
             _deliver_real(vcpu, sregs, exception)
         elif vcpu.long_mode:
             _deliver_long(vcpu, sregs, exception)

@@ -3,35 +3,34 @@
 On a TLB miss the processor asks :func:`tlb_fill`.  It walks the guest's own page tables
 (:mod:`guestfault.x86.paging`), whose entries are guest memory too and so go through the second
 stage like any access, then takes the page itself through
-:func:`~guestfault.softkvm.mmu.kvm_mmu_do_page_fault`.  A refusal leaves its reason in
+:func:`~guestfault.softkvm.mmu.kvm_mmu_page_fault`.  A refusal leaves its reason in
 ``vcpu.refusal``.
 
-The same road, outside the processor, serves what KVM itself accesses on the guest's behalf
-(instruction emulation, event delivery): :func:`read_guest_virt` and :func:`write_guest_virt`.
+The same road serves what the processor accesses for itself, and KVM does here in its place (the
+delivery of events, the check of a port): :func:`read_guest_virt` and :func:`write_guest_virt`.
+KVM's own accesses are another matter: :mod:`guestfault.softkvm.guest_access`.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Iterator
 
 from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
 from guestfault.softkvm.kvm_host import KvmVcpu, Walked
-from guestfault.softkvm.mmu import kvm_mmu_do_page_fault
-from guestfault.softkvm.mmu_internal import RetPf
+from guestfault.softkvm.mmu import kvm_mmu_page_fault
+from guestfault.softkvm.paging_tmpl import gva_to_gpa
 from guestfault.softkvm.preempt import preemption_point
-from guestfault.softkvm.processor import DEVICE_WINDOW, Access
+from guestfault.softkvm.processor import Access
 from guestfault.softkvm.refusal import (
     AccessFailed,
-    Emulate,
-    Exit,
     GuestException,
     Refusal,
-    Retry,
 )
-from guestfault.softkvm.second_stage import PAGE_SIZE, PT_WRITABLE
+from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE, SPTE_MMIO
+from guestfault.softkvm.shadow_page import KvmMmu, access_of_spte
+from guestfault.softkvm.shadow_tlb import read_linear, shadow_entry, write_linear
 from guestfault.x86.entries import (
     ADDRESS_MASK,
     PT64_NX_MASK,
@@ -53,6 +52,8 @@ from guestfault.x86.registers import (
     GP_VECTOR,
     PF_VECTOR,
     PFERR_FETCH_MASK,
+    PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK,
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
 )
@@ -64,14 +65,15 @@ _READ_FLAGS = PT_PRESENT_MASK | PT_ACCESSED_MASK
 _WRITTEN = _READ_FLAGS | PT_DIRTY_MASK
 _READ, _WRITE, _FETCH = AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH
 _KIND = {int(Access.READ): _READ, int(Access.WRITE): _WRITE, int(Access.FETCH): _FETCH}
-_EMULATE, _RETRY = RetPf.EMULATE, RetPf.RETRY
-_EFAULT, _TRY_AGAIN = Exit(-errno.EFAULT), Retry()
+_NOT_MEMORY = PFERR_PRESENT_MASK | PFERR_RSVD_MASK
 _ERROR_CODE = {_READ: 0, _WRITE: PFERR_WRITE_MASK, _FETCH: PFERR_FETCH_MASK}
 
 
 def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
     """Answer a TLB miss: (engine-physical page, rights), or ``None`` and ``vcpu.refusal``."""
     kind = _KIND[access]
+    if vcpu.mmu is not None:
+        return _fill_from_shadow(vcpu, vcpu.mmu, gva, kind)
     # The access that was refused last is usually made again next: as a processor may keep a
     # translation until it is told to forget it, this one is kept for that once.
     asked = gva & ~_OFFSET | vcpu.cpl << 4 | kind
@@ -100,13 +102,22 @@ def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
         return page, perms if dirty and spte & PT_WRITABLE else perms & ~UC_PROT_WRITE
     if not vcpu.smap:  # which makes the answer depend on RFLAGS.AC as well
         vcpu.walked = entry
-    devices = vcpu.device_pages
-    if devices is not None and type(vcpu.refusal) is Emulate and kind is not _FETCH:
-        devices[gva & ~_OFFSET] = page
-        # A read-only slot is a device to writes alone.
-        memory = vcpu.kvm.memslots.gfn_to_memslot(page >> 12) is not None
-        return DEVICE_WINDOW + page, UC_PROT_WRITE | (0 if memory else UC_PROT_READ)
+    vcpu.refused_page = gva & ~_OFFSET, page
     return None
+
+
+def _fill_from_shadow(
+    vcpu: KvmVcpu, mmu: KvmMmu, gva: int, kind: AccessKind
+) -> tuple[int, int] | None:
+    """Without two-dimensional paging the processor walks what KVM has made for it."""
+    implicit = gva & ~_OFFSET == vcpu.system_page
+    found = shadow_entry(vcpu, gva, kind, implicit=implicit)
+    if found is None:
+        return None
+    spte, gfn = found
+    user = vcpu.cpl == 3 and not implicit
+    rights = access_of_spte(spte)
+    return gfn << 12, _first_stage_perms(mmu.permissions, user, vcpu.smap_ac, rights)
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,7 +154,7 @@ def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind, asked: int) -> Wal
     return entry & ADDRESS_MASK, rights, entry & PT_DIRTY_MASK != 0, asked
 
 
-# -- KVM's own accesses ----------------------------------------------------------------------------
+# -- the processor's own accesses ------------------------------------------------------------------
 
 
 def read_guest_virt(
@@ -154,7 +165,13 @@ def read_guest_virt(
     ``implicit``: the processor's own accesses, to descriptor tables and the TSS.
     """
     parts = []
-    for gpa, n in _resolve(vcpu, gva, size, _FETCH if fetch else _READ, implicit):
+    kind = _FETCH if fetch else _READ
+    if vcpu.mmu is not None:
+        for at, n in _pages(gva, size):
+            system = implicit or at & ~_OFFSET == vcpu.system_page
+            parts.append(read_linear(vcpu, at, n, kind, implicit=system))
+        return b"".join(parts)
+    for gpa, n in _resolve(vcpu, gva, size, kind, implicit):
         data = _copy_from_guest(vcpu, gpa, n)
         if data is None:
             raise AccessFailed(vcpu.refusal)
@@ -167,6 +184,9 @@ def write_guest_virt(vcpu: KvmVcpu, gva: int, data: bytes, *, implicit: bool = F
 
     Every page is resolved before the first byte is written.
     """
+    if vcpu.mmu is not None:
+        _write_by_shadow(vcpu, gva, data, implicit)
+        return
     for gpa, n in list(_resolve(vcpu, gva, len(data), _WRITE, implicit)):
         if not _copy_to_guest(vcpu, gpa, data[:n]):
             raise AccessFailed(vcpu.refusal)
@@ -175,23 +195,45 @@ def write_guest_virt(vcpu: KvmVcpu, gva: int, data: bytes, *, implicit: bool = F
 
 def probe_guest_virt(vcpu: KvmVcpu, gva: int, size: int) -> None:
     """Make sure that a write would succeed, without writing; raises :class:`AccessFailed`."""
+    if vcpu.mmu is not None:
+        for at, _ in _pages(gva, size):
+            write_linear(vcpu, at, b"")
+        return
     for _ in _resolve(vcpu, gva, size, _WRITE, implicit=False):
         pass
+
+
+def _write_by_shadow(vcpu: KvmVcpu, gva: int, data: bytes, implicit: bool) -> None:
+    pages = [
+        (at, n, implicit or at & ~_OFFSET == vcpu.system_page) for at, n in _pages(gva, len(data))
+    ]
+    if len(pages) > 1:
+        for at, _, system in pages:
+            write_linear(vcpu, at, b"", implicit=system)
+    for at, n, system in pages:
+        write_linear(vcpu, at, data[:n], implicit=system)
+        data = data[n:]
+
+
+def _pages(gva: int, size: int) -> Iterator[tuple[int, int]]:
+    """The (address, size) pieces of an access that lie in one page each."""
+    while size > 0:
+        n = min(size, PAGE_SIZE - (gva & _OFFSET))
+        yield gva, n
+        gva, size = gva + n, size - n
 
 
 def _resolve(
     vcpu: KvmVcpu, gva: int, size: int, kind: AccessKind, implicit: bool
 ) -> Iterator[tuple[int, int]]:
     """The (gpa, size) pieces of an access, each page of it resolved in both stages."""
-    while size > 0:
-        n = min(size, PAGE_SIZE - (gva & _OFFSET))
-        found = translate(vcpu, gva, kind, implicit=implicit)
+    for at, n in _pages(gva, size):
+        found = translate(vcpu, at, kind, implicit=implicit)
         if not isinstance(found, Translation):
             raise AccessFailed(_refused(vcpu, found))
         if not _make_updates(vcpu, found) or not _spte(vcpu, found.gpa, kind):
             raise AccessFailed(vcpu.refusal)
         yield found.gpa, n
-        gva, size = gva + n, size - n
 
 
 # -- both stages -----------------------------------------------------------------------------------
@@ -206,6 +248,8 @@ def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = Fal
 
     user, ac, shift = vcpu.cpl == 3, vcpu.smap_ac, vcpu.table_shift
     implicit = implicit or gva & ~_OFFSET == vcpu.system_page
+    if vcpu.mmu is not None:
+        return gva_to_gpa(vcpu, gva, kind, user, ac=ac, implicit=implicit)
     table = vcpu.tables.get(gva >> shift) if shift else None
     if table is not None:
         found = walk_from(vcpu.paging, table, gva, kind, user, read_entry, ac=ac, implicit=implicit)
@@ -249,29 +293,25 @@ def _copy_to_guest(vcpu: KvmVcpu, gpa: int, data: bytes) -> bool:
 def _drop(vcpu: KvmVcpu, gpa: int) -> None:
     # The host took the page from under its entry without telling us.  Fault it in again, which
     # says what is wrong with it.
+    preemption_point("guest_mmu: drop the SPTE", "mmu", True)
     vcpu.kvm.second_stage.sptes.pop(gpa >> 12, None)
 
 
 def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
     """The second-stage entry that allows the access, faulted in if need be; 0 if refused."""
     sptes = vcpu.kvm.second_stage.sptes
+    right = PT_WRITABLE if kind is _WRITE else PT_READ
     while True:
         preemption_point("guest_mmu: read the SPTE", "mmu")
         spte = sptes.get(gpa >> 12, 0)
-        if spte and (spte & PT_WRITABLE or kind is not _WRITE):
+        if spte & right:
             return spte
-        user = PFERR_USER_MASK if vcpu.cpl == 3 else 0
-        r = kvm_mmu_do_page_fault(vcpu, gpa, _ERROR_CODE[kind] | user)
-        if r < 0:
-            vcpu.refusal = _EFAULT if r == -errno.EFAULT else Exit(r)
-            return 0
-        if r == _EMULATE:
-            vcpu.refusal = Emulate(gpa, kind)
-            return 0
-        if r == _RETRY:
-            # The host is taking pages away.  Back to the run loop, as in the kernel: somebody may
-            # want more of this vCPU than that it tries again.
-            vcpu.refusal = _TRY_AGAIN
+        error_code = _ERROR_CODE[kind]
+        if vcpu.cpl == 3:
+            error_code |= PFERR_USER_MASK
+        if spte:
+            error_code |= _NOT_MEMORY if spte & SPTE_MMIO else PFERR_PRESENT_MASK
+        if not kvm_mmu_page_fault(vcpu, gpa, error_code):
             return 0
 
 

@@ -7,17 +7,25 @@ them and does its part.  What userspace holds are the objects of :mod:`guestfaul
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-from guestfault.dialect.record import Dialect, Site
-from guestfault.softkvm.memslots import Memslots
+from guestfault.dialect.record import Dialect, Enabling
+from guestfault.softkvm.apf_state import VcpuApf, VcpuAsyncPf
+from guestfault.softkvm.emulate_ctxt import EmulateCtxt
+from guestfault.softkvm.lapic import KvmLapic
+from guestfault.softkvm.memslots import KvmMemorySlot, Memslots
 from guestfault.softkvm.mm import Mm
-from guestfault.softkvm.preempt import preemption_point, wait
+from guestfault.softkvm.mmu_internal import KvmPageFault
+from guestfault.softkvm.preempt import Mutex, Sleeper, preemption_point, wait
 from guestfault.softkvm.processor import MAX_PHYS, REQUESTED, MakeProcessor, Processor, Stop
 from guestfault.softkvm.refusal import GuestException, Refusal, Retry
 from guestfault.softkvm.second_stage import SecondStage
+from guestfault.softkvm.shadow_page import KvmMmu
+from guestfault.softkvm.workqueue import Workqueue
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import PagingState, Table
 from guestfault.x86.registers import CR0_PE, CR0_PG, CR4_SMAP, EFER_LMA, X86_EFLAGS_AC
@@ -25,11 +33,18 @@ from guestfault.x86.registers import CR0_PE, CR0_PG, CR4_SMAP, EFER_LMA, X86_EFL
 __all__ = [
     "Kvm",
     "KvmVcpu",
+    "MmioInfo",
+    "PageTrackNotifier",
     "Request",
     "VcpuStat",
     "kvm_check_request",
+    "kvm_flush_remote_tlbs",
     "kvm_get_running_vcpu",
+    "kvm_make_all_cpus_request",
     "kvm_make_request",
+    "kvm_test_request",
+    "kvm_vcpu_kick",
+    "kvm_vcpu_wake_up",
     "vcpu_load",
     "vcpu_put",
 ]
@@ -42,10 +57,14 @@ Walked = tuple[int, int, bool, int]
 
 
 class Request:
-    """``KVM_REQ_*``: bits of :attr:`KvmVcpu.requests`."""
+    """``KVM_REQ_*``: what :attr:`KvmVcpu.requests` may hold."""
 
     TLB_FLUSH = 1
     SIGNAL = 2  # somebody kicked the vCPU: what a pending signal is to the kernel
+    TRIPLE_FAULT = 3
+    APF_HALT = 4
+    APF_READY = 5
+    EVENT = 6
 
 
 @dataclass(slots=True)
@@ -57,8 +76,34 @@ class VcpuStat:
     pf_fixed: int = 0
     pf_spurious: int = 0
     pf_emulate: int = 0
+    pf_fast: int = 0
+    pf_mmio_spte_created: int = 0
     mmio_exits: int = 0
     io_exits: int = 0
+    halt_exits: int = 0
+    signal_exits: int = 0
+    req_event: int = 0
+
+
+class PageTrackNotifier(Protocol):
+    """``struct kvm_page_track_notifier_node``: one who must know of writes to tracked frames."""
+
+    def track_write(self, vcpu: KvmVcpu, gpa: int, data: bytes) -> None:
+        """KVM has written ``data`` there for the guest."""
+
+    def track_flush_slot(self, slot: KvmMemorySlot) -> None:
+        """The slot is going or moving: forget what was found in it."""
+
+
+class MmioInfo(NamedTuple):
+    """``vcpu->arch.mmio_*``: the frame found last to be no memory, and in which slots.
+
+    ``gva`` is its page's linear address under shadow paging, 0 otherwise.
+    """
+
+    gva: int
+    gfn: int
+    generation: int
 
 
 @dataclass(eq=False, slots=True)
@@ -69,27 +114,63 @@ class Kvm:
     mm: Mm
     tdp_enabled: bool = True
     """Two-dimensional paging (NPT, EPT); without it KVM keeps shadow page tables."""
+    unrestricted_guest: bool = True
+    """Whether the processor delivers events in real mode; if not, as on VMX without the feature of
+    that name, KVM's emulator does."""
+    enable_mmio_caching: bool = True
+    """Whether a frame that is no memory gets an entry that says so (``kvm.mmio_caching``)."""
     make_processor: MakeProcessor | None = None
     second_stage: SecondStage = field(default_factory=SecondStage)
     memslots: Memslots = field(default_factory=Memslots)
-    slots_lock: threading.Lock = field(default_factory=threading.Lock)
-    # The dialect's answers to what every fault asks; a set of enumeration members is slow to ask.
+    slots_lock: Mutex = field(default_factory=lambda: Mutex("slots_lock"))
+    irqchip_in_kernel: bool = False
+    workqueue: Workqueue = field(default_factory=Workqueue)
+    schedule_work: Callable[[Callable[[], None]], None] = field(init=False)
+    """Has a work done by another thread; by one of :attr:`workqueue` unless replaced."""
+    vcpus: dict[int, KvmVcpu] = field(default_factory=dict)
+    track_notifiers: list[PageTrackNotifier] = field(default_factory=list)
+    """Who hears of writes to tracked frames: :mod:`guestfault.softkvm.page_track`."""
+    # What userspace has asked for, in the dialects in which it must ask (KVM_ENABLE_CAP, and the
+    # ioctl of v1).
+    memfault_exit_reasons: int = 0
+    fill_efault_info: bool = False
+    mem_fault_nowait: bool = False
+    warned: set[str] = field(default_factory=set)
+    # The dialect's answers to what every fault asks.
     missing_flag: int = field(init=False)
-    annotates_error_pfn: bool = field(init=False)
+    userfault_flag: int = field(init=False)
+    must_opt_in: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        missing = self.dialect.missing
-        self.missing_flag = missing.slot_flag if missing is not None else 0
-        self.annotates_error_pfn = Site.HANDLE_ERROR_PFN in self.dialect.annotated
+        self.schedule_work = self.workqueue.schedule_work
+        self.missing_flag = self.dialect.slot_flag
+        self.userfault_flag = self.dialect.userfault_flag
+        info = self.dialect.info
+        self.must_opt_in = info is not None and info.enabling is not Enabling.INFORMATIONAL
+
+    def exits_on_missing(self, slot: KvmMemorySlot) -> bool:
+        """Whether a guest's fault in the slot is to fail as soon as fast GUP does."""
+        return self.mem_fault_nowait or slot.flags & self.missing_flag != 0
+
+    def warn_on_once(self, text: str) -> None:
+        """``WARN_ON_ONCE``: complain, the first time."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, stacklevel=3)
 
 
 class KvmVcpu:
-    """``struct kvm_vcpu``.  Everything but ``requests`` belongs to the thread that runs it.
+    """``struct kvm_vcpu``.  It belongs to the thread that runs it, but for three things.
 
-    ``in_guest_mode`` is ``vcpu->mode``: whoever needs the vCPU's attention sets a bit in
-    ``requests`` and then, if it is in guest mode, stops the processor until it has left
-    (:func:`kvm_make_request`).  It leaves under ``mode_lock``, so that no stop can come after and
-    hit something else that the processor does.
+    *Requests*: whoever needs the vCPU's attention puts one into ``requests``
+    (:func:`kvm_make_request`) and kicks the vCPU: wakes it from ``wait``, where it sleeps while it
+    is halted, or stops the processor if it is ``in_guest_mode``, which is ``vcpu->mode``
+    (:func:`kvm_vcpu_kick`).  It leaves guest mode under ``mode_lock``, so that no stop can come
+    after and hit something else that the processor does.
+
+    *Asynchronous page faults* that workers have done with: ``async_pf.done``, under its lock.
+
+    *Interrupts* that anybody has made pending in ``apic``.
     """
 
     def __init__(self, kvm: Kvm, vcpu_id: int, run: uapi.kvm_run, run_area: memoryview) -> None:
@@ -98,29 +179,43 @@ class KvmVcpu:
         self.run = run
         self.run_area = run_area
         self.stat = VcpuStat()
-        self.requests = 0
-        self.requests_lock = threading.Lock()
+        # A set, for a signal handler may add to it in the midst of anything: one call does it.
+        self.requests: set[int] = set()
         self.in_guest_mode = False
-        self.mode_lock = threading.Lock()
+        self.mode_lock = threading.RLock()  # for the same reason
+        self.wait = Sleeper(("wait", vcpu_id))
         self.thread: int | None = None
         self.sregs = uapi.kvm_sregs()
         self.sregs_changed = True
         self.mapped_memslots = Memslots()
+        self.mp_state = uapi.KVM_MP_STATE_RUNNABLE
+        self.async_pf = VcpuAsyncPf()
+        self.apf = VcpuApf()
+        self.apic: KvmLapic | None = None
+        self.interrupt_injected: int | None = None  # taken from the APIC, not yet delivered
+        self.shadow_passed = False  # one instruction was executed alone for a possible STI
+        self.emulating = False  # KVM makes accesses of its own for the guest
         self.pending_exception: GuestException | None = None
         self.complete_userspace_io: Callable[[], int] | None = None
         self.refusal: Refusal = Retry()
+        self.refused_page: tuple[int, int] | None = None  # linear and physical, if it got so far
+        self.emulate_ctxt = EmulateCtxt()
         self.last_error = ""
         # The first stage: the registers that decide a walk, and the last tables walked to, as in a
-        # processor's paging-structure caches.  ``device_pages`` is set during a device access only.
+        # processor's paging-structure caches.
         self.cpl = 0
         self.paging = PagingState(0, 0, 0, 0)
         self.protected = self.smap = False
         self.table_shift = 0
         self.tables: dict[int, Table] = {}
         self.walked: Walked | None = None
-        self.device_pages: dict[int, int] | None = None
         self.system_page: int | None = None  # linear; what the processor accesses for itself
         self.refused_fetch: int | None = None  # linear; the TLB miss refused last was this fetch
+        self.mmio: MmioInfo | None = None
+        # Of shadow paging; with NPT or EPT there is nothing of it.
+        self.mmu: KvmMmu | None = None
+        self.mmu_page_fault: Callable[[KvmVcpu, KvmPageFault], int] | None = None
+        self.speculative_exit_canary = 0  # KVM_SPEC_EXIT_* of the dialect that has it
         self.cpu: Processor  # set by the owner: its hooks are functions over this structure
 
     def enter_guest(self, execute: Callable[[], Stop]) -> Stop:
@@ -142,6 +237,10 @@ class KvmVcpu:
         """Forget what was found out about the guest's page tables."""
         self.tables.clear()
         self.walked = None
+
+    def signal_pending(self) -> bool:
+        """Whether the thread that runs it is wanted elsewhere: a sleep for it ends."""
+        return Request.SIGNAL in self.requests
 
     @property
     def rflags(self) -> int:
@@ -170,6 +269,8 @@ class KvmVcpu:
         self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
         self.protected, self.smap = bool(s.cr0 & CR0_PE), bool(s.cr4 & CR4_SMAP)
         self.forget_walks()
+        if self.apic is not None:
+            self.apic.apic_base, self.apic.cr8 = int(s.apic_base), int(s.cr8)
         self.sregs_changed = False
         self.refresh_cpl()
 
@@ -200,17 +301,60 @@ def vcpu_put() -> None:
 
 
 def kvm_make_request(vcpu: KvmVcpu, request: int) -> None:
-    """Also ``kvm_vcpu_kick``: returns when the vCPU has been outside guest mode since.
+    """Have the vCPU serve a request before it enters the guest next."""
+    preemption_point("kvm_make_request: set the bit", ("requests", vcpu.vcpu_id), True)
+    vcpu.requests.add(request)
 
-    It may be in again: then it has taken the request, as it must on the way.
+
+def kvm_test_request(vcpu: KvmVcpu, request: int) -> bool:
+    """Whether there is such a request."""
+    return request in vcpu.requests
+
+
+def kvm_check_request(vcpu: KvmVcpu, request: int) -> bool:
+    """Whether there is such a request; it is taken."""
+    if request not in vcpu.requests:
+        return False
+    preemption_point("kvm_check_request: take the bit", ("requests", vcpu.vcpu_id), True)
+    vcpu.requests.discard(request)
+    return True
+
+
+def kvm_vcpu_wake_up(vcpu: KvmVcpu) -> None:
+    """If the vCPU is blocking, have it look again whether it still must."""
+    vcpu.wait.wake_up("kvm_vcpu_wake_up")
+
+
+def kvm_vcpu_kick(vcpu: KvmVcpu) -> None:
+    """Wake the vCPU, or make it leave guest mode for a request that was made before.
+
+    Returns when it has been outside guest mode since.  It may be in again: then it has taken the
+    request, as it must on the way.
     """
-    shared = "requests", vcpu.vcpu_id
-    preemption_point("kvm_make_request: set the bit", shared, True)
-    with vcpu.requests_lock:
-        vcpu.requests |= request
+    kvm_vcpu_wake_up(vcpu)
+    _leave_guest_mode(vcpu, "kvm_vcpu_kick: until it has left guest mode")
 
+
+def kvm_make_all_cpus_request(kvm: Kvm, request: int) -> None:
+    """Make a request of every vCPU; returns when each has been outside guest mode since.
+
+    A vCPU that sleeps sleeps on (``KVM_REQUEST_NO_WAKEUP``): it will serve it when it wakes.
+    """
+    vcpus = list(kvm.vcpus.values())
+    for vcpu in vcpus:
+        kvm_make_request(vcpu, request)
+    for vcpu in vcpus:
+        _leave_guest_mode(vcpu, "kvm_make_all_cpus_request: until it has left guest mode")
+
+
+def kvm_flush_remote_tlbs(kvm: Kvm) -> None:
+    """When it returns, no vCPU uses an entry that was zapped.  ``mmu_lock`` is not held."""
+    kvm_make_all_cpus_request(kvm, Request.TLB_FLUSH)
+
+
+def _leave_guest_mode(vcpu: KvmVcpu, name: str) -> None:
     def left() -> bool:
-        if not (vcpu.in_guest_mode and vcpu.requests & request):
+        if not (vcpu.in_guest_mode and vcpu.requests):
             return True
         with vcpu.mode_lock:
             if vcpu.in_guest_mode:
@@ -219,14 +363,4 @@ def kvm_make_request(vcpu: KvmVcpu, request: int) -> None:
         # A signal handler, called in the midst of a hook: the run ends with that.
         return kvm_get_running_vcpu() is vcpu
 
-    wait("kvm_make_request: until it has left guest mode", shared, left)
-
-
-def kvm_check_request(vcpu: KvmVcpu, request: int) -> bool:
-    """Whether there is such a request; it is taken."""
-    if not vcpu.requests & request:
-        return False
-    preemption_point("kvm_check_request: take the bit", ("requests", vcpu.vcpu_id), True)
-    with vcpu.requests_lock:
-        vcpu.requests &= ~request
-    return True
+    wait(name, ("requests", vcpu.vcpu_id), left)

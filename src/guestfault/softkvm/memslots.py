@@ -2,7 +2,7 @@
 
 Slots are replaced as a whole list and never changed in place, as the kernel replaces its memslots
 under RCU: a vCPU in the middle of a fault keeps the list it began with and notices by
-``generation``.
+``generation``.  How the lists follow each other is :mod:`guestfault.softkvm.set_memslot`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ from dataclasses import dataclass, field
 
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["KVM_USER_MEM_SLOTS", "PAGE_SIZE", "KvmMemorySlot", "Memslots", "kvm_set_memory_region"]
+__all__ = [
+    "KVM_MEMSLOT_INVALID",
+    "KVM_USER_MEM_SLOTS",
+    "PAGE_SIZE",
+    "KvmMemorySlot",
+    "Memslots",
+    "kvm_set_memory_region",
+]
 
+KVM_MEMSLOT_INVALID = 1 << 16  # a flag of KVM's own: the slot is being deleted or moved
 KVM_USER_MEM_SLOTS = 32764  # what x86 reports for KVM_CAP_NR_MEMSLOTS since 5.12
 _MAX_PAGES = 1 << 31  # KVM_MEM_MAX_NR_PAGES + 1
+_TASK_SIZE_MAX = (1 << 47) - 4096
 PAGE_SIZE = 4096
 
 
@@ -30,6 +39,10 @@ class KvmMemorySlot:
     userspace_addr: int
     flags: int
     dirty_bitmap: bytearray = field(default_factory=bytearray)
+    userfault_bitmap: int = 0
+    """Where userspace keeps a bit for each frame that it has yet to provide (KVM Userfault)."""
+    gfn_write_track: dict[int, int] = field(default_factory=dict)
+    """How many want to know of writes to a frame; see :mod:`guestfault.softkvm.page_track`."""
 
     def hva_of_gfn(self, gfn: int) -> int:
         """The host address that backs a frame of this slot."""
@@ -70,14 +83,23 @@ class Memslots:
         return Memslots(self.generation + 1, tuple(kept), tuple(s.base_gfn for s in kept))
 
 
+def access_ok(addr: int, size: int) -> bool:
+    """Whether a range is in userspace.  Nothing need be mapped there."""
+    return addr >= 0 and addr + size <= _TASK_SIZE_MAX
+
+
 def kvm_set_memory_region(
     memslots: Memslots,
     mem: uapi.kvm_userspace_memory_region,
     valid_flags: int,
+    userfault_flag: int = 0,
+    userfault_bitmap: int = 0,
 ) -> tuple[int, KvmMemorySlot | None, KvmMemorySlot | None]:
     """Check a request as the kernel does: ``(0 or -errno, slot to remove, slot to add)``.
 
-    A request that changes nothing removes and adds nothing.
+    A request that changes nothing removes and adds nothing.  ``userfault_bitmap`` is the address
+    that comes with ``userfault_flag`` among the flags: a bit for each page, in whole 64-bit words.
+    What is there is not looked at before a fault.
     """
     bad = -errno.EINVAL, None, None
     if mem.flags & ~valid_flags:
@@ -86,7 +108,11 @@ def kvm_set_memory_region(
         return bad
     if mem.guest_phys_addr + mem.memory_size >= 1 << 64 or mem.memory_size >> 12 >= _MAX_PAGES:
         return bad
-    if mem.userspace_addr + mem.memory_size > 1 << 47 or mem.slot >= KVM_USER_MEM_SLOTS:
+    if not access_ok(mem.userspace_addr, mem.memory_size) or mem.slot >= KVM_USER_MEM_SLOTS:
+        return bad
+    userfault = mem.flags & userfault_flag
+    words = -(-(mem.memory_size >> 12) // 64)
+    if userfault and not access_ok(userfault_bitmap, words * 8):
         return bad
     old = memslots.by_id(mem.slot)
     base_gfn, npages = mem.guest_phys_addr >> 12, mem.memory_size >> 12
@@ -109,4 +135,8 @@ def kvm_set_memory_region(
     if mem.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
         keep = old.dirty_bitmap if old else None
         new.dirty_bitmap = keep or bytearray((npages + 63) // 64 * 8)
+    if old and old.base_gfn == base_gfn:
+        new.gfn_write_track = old.gfn_write_track
+    if userfault:
+        new.userfault_bitmap = userfault_bitmap
     return 0, old, new

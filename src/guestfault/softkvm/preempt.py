@@ -12,17 +12,29 @@ that names it: ``shared`` is what is about to be read, or written if ``write``, 
 have no such thing in common (or only read it) can be exchanged without anybody noticing.  A point
 covers what follows it, up to the next one.
 
-What would *sleep* says so with :func:`wait`, for a coroutine must not stop the thread of all.
+What would *sleep* must not stop the thread of all when it is a coroutine.  It says so with
+:func:`wait`, sleeps in a :class:`Sleeper` until somebody wakes it, or waits its turn at a
+:class:`Mutex`: whether that is a real sleep or the scheduler's business is decided here and nowhere
+else.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
-__all__ = ["Scheduler", "preemption_point", "scheduled_by", "wait"]
+__all__ = [
+    "Mutex",
+    "Scheduler",
+    "Sleeper",
+    "cond_resched",
+    "preemption_point",
+    "scheduled_by",
+    "wait",
+]
 
 _PAUSE = 20e-6
 
@@ -59,6 +71,83 @@ def wait(name: str, shared: Hashable, until: Callable[[], bool]) -> None:
         return
     while not until():
         time.sleep(_PAUSE)
+
+
+def cond_resched(shared: Hashable, until: Callable[[], bool]) -> None:
+    """Give way to others: the calling thread tries again, in vain before ``until()``.
+
+    It comes back at once and tries.  With a scheduler it waits, for a trial that is known to be in
+    vain is nothing but a longer schedule.
+    """
+    if _scheduler is not None:
+        _scheduler.wait("cond_resched", shared, until)
+    else:
+        time.sleep(0)
+
+
+class Sleeper:
+    """Where one thread sleeps until others wake it: ``struct rcuwait``.
+
+    The sleeper calls :meth:`prepare`, *then* looks whether there is reason to sleep, then calls
+    :meth:`sleep`.  Whoever gives a reason to be awake gives it first and then calls
+    :meth:`wake_up`, which is not lost: a :meth:`sleep` that comes later returns at once.
+
+    ``shared`` names it, for the preemption points.
+    """
+
+    def __init__(self, shared: Hashable) -> None:
+        self._shared = shared
+        # Held unless somebody has called since prepare().  A bare lock, because wake_up() must be
+        # possible in a signal handler, in the midst of any of these methods on the same thread.
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+
+    def prepare(self, name: str) -> None:
+        """From now on a call counts."""
+        preemption_point(name, self._shared, True)
+        self._asleep.acquire(blocking=False)
+
+    def sleep(self, name: str) -> None:
+        """Sleep until somebody has called since :meth:`prepare`."""
+        if _scheduler is not None:
+            _scheduler.wait(name, self._shared, self._called)
+        else:
+            self._asleep.acquire()
+
+    def wake_up(self, name: str) -> None:
+        """From any thread, and from a signal handler: end the sleep, or the one that comes next."""
+        preemption_point(name, self._shared, True)
+        with suppress(RuntimeError):  # somebody else has called already
+            self._asleep.release()
+
+    def _called(self) -> bool:
+        return not self._asleep.locked()
+
+
+class Mutex:
+    """A lock that may be held across preemption points: a kernel mutex, which sleeps.
+
+    A :class:`threading.Lock` may be held only where no point is reached.
+    """
+
+    def __init__(self, shared: Hashable) -> None:
+        self._shared = shared
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if _scheduler is not None:
+            _scheduler.wait("mutex_lock", self._shared, self._is_free)
+            if not self._lock.acquire(blocking=False):
+                raise RuntimeError("a thread outside the scheduler holds a mutex of those inside")
+        else:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        preemption_point("mutex_unlock", self._shared, True)
+        self._lock.release()
+
+    def _is_free(self) -> bool:
+        return not self._lock.locked()
 
 
 @contextmanager

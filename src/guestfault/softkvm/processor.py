@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,7 +20,7 @@ from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import DB_VECTOR
 
 __all__ = [
-    "DEVICE_WINDOW",
+    "ABANDONED",
     "GPRS",
     "MAX_PHYS",
     "REFUSED",
@@ -29,6 +28,7 @@ __all__ = [
     "STEPPED",
     "TRAP",
     "Access",
+    "EmulatedMemory",
     "Hooks",
     "MakeProcessor",
     "Processor",
@@ -38,8 +38,6 @@ __all__ = [
 
 MAX_PHYS = 1 << 46
 """Guest physical addresses lie below this."""
-DEVICE_WINDOW = MAX_PHYS
-"""Where a processor finds devices: an access at DEVICE_WINDOW + gpa is a call."""
 GPRS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
     *(f"r{i}" for i in range(8, 16)),
@@ -57,13 +55,14 @@ class Access(enum.IntEnum):
 
 
 class StopKind(enum.Enum):
-    """What :meth:`Processor.run` and :meth:`Processor.step` came back for."""
+    """What :meth:`Processor.run`, ``step`` and ``emulate`` came back for."""
 
     REFUSED = enum.auto()  # the TLB miss was refused
     INTERCEPT = enum.auto()  # a #VMEXIT; Stop.code is its number
     PLANTED = enum.auto()  # an instruction that KVM must perform is next
     REQUESTED = enum.auto()  # stop() was called
     STEPPED = enum.auto()  # the one instruction has completed
+    ABANDONED = enum.auto()  # an emulated instruction was refused an access
     LOST = enum.auto()  # the engine gave up for a reason it did not give; Stop.text is its error
 
 
@@ -79,6 +78,7 @@ class Stop:
 REFUSED = Stop(StopKind.REFUSED)
 REQUESTED = Stop(StopKind.REQUESTED)
 STEPPED = Stop(StopKind.STEPPED)
+ABANDONED = Stop(StopKind.ABANDONED)
 TRAP = Stop(StopKind.INTERCEPT, INTERCEPT_EXCEPTION + DB_VECTOR)
 
 
@@ -87,14 +87,25 @@ class Hooks(NamedTuple):
 
     ``tlb_fill(gva, access)`` gives a physical page and rights (``UC_PROT_*``), or ``None`` to
     refuse.  ``fetch(linear, size)`` reads code bytes that were executed before, or gives ``None``
-    if they are not there any more.  ``device_read(gpa, size)`` and ``device_write(gpa, size,
-    value)`` are the device window.
+    if they are not there any more.
     """
 
     tlb_fill: Callable[[int, int], tuple[int, int] | None]
     fetch: Callable[[int, int], bytes | None]
-    device_read: Callable[[int, int], int]
-    device_write: Callable[[int, int, int], None]
+
+
+class EmulatedMemory(Protocol):
+    """What an emulated instruction has for memory.  Addresses are linear.
+
+    Each operand comes once and whole, though it may lie in two pages.  After a refusal nothing more
+    is asked: the instruction is abandoned.
+    """
+
+    def read(self, linear: int, size: int) -> bytes | None:
+        """The bytes there; ``None`` to refuse."""
+
+    def write(self, linear: int, data: bytes) -> bool:
+        """Write them; ``False`` to refuse."""
 
 
 class Processor(Protocol):
@@ -159,14 +170,14 @@ class Processor(Protocol):
     def unplant(self) -> None:
         """What is at RIP is not an instruction to stop on: let it run."""
 
-    def watching(self, on_access: Callable[[int, int], None]) -> AbstractContextManager[None]:
-        """Call ``on_access(linear address, size)`` before each data access that misses the TLB."""
+    def emulate(self, linear: int, code: bytes, operand: int, memory: EmulatedMemory) -> Stop:
+        """Execute one instruction with ``memory`` for all its data, outside guest mode.
 
-    def save(self) -> None:
-        """Keep the whole state for :meth:`restore`.  There is room for one."""
-
-    def restore(self) -> None:
-        """Go back to where :meth:`save` was."""
+        ``code`` is the instruction, whole; it is at ``linear``, where RIP is, and is not looked for
+        in the guest's memory.  ``operand`` is the size of its memory operand, 0 if it has none.
+        STEPPED or TRAP: it has completed, or one round of it if it is repeated.  After any other
+        stop the registers are as before; what was written to ``memory`` is written.
+        """
 
     def map_ram(self, gpa: int, size: int, hva: int) -> None:
         """Put host memory at a guest physical address.  Rights are the TLB's business."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from guestfault.softkvm.engine import State
 
-__all__ = ["NAMES", "SegmentCache", "find_offset", "read_segments"]
+__all__ = ["NAMES", "SegmentCache", "find_offset", "read_segment", "read_segments"]
 
 NAMES = ("es", "cs", "ss", "ds", "fs", "gs")  # in the order of the processor's array
 _RECORD = struct.Struct("<I4xQII")  # selector, base, limit, flags
@@ -36,12 +36,20 @@ def find_offset(context: bytes, es_base: int) -> int:
     return at - 8
 
 
+def read_segment(state: State, offset: int, name: str) -> SegmentCache:
+    """One of the six segment registers in a saved state."""
+    at = offset + NAMES.index(name) * _RECORD.size
+    return _segment(*_RECORD.unpack(state.bytes_at(at, _RECORD.size)))
+
+
 def read_segments(state: State, offset: int) -> dict[str, SegmentCache]:
     """The six segment registers in a saved state."""
     records = state.bytes_at(offset, len(NAMES) * _RECORD.size)
     found = {}
     for name, record in zip(NAMES, _RECORD.iter_unpack(records), strict=True):
-        selector, base, limit, flags = record
-        attributes = (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00)
-        found[name] = SegmentCache(selector, base, limit, attributes)
+        found[name] = _segment(*record)
     return found
+
+
+def _segment(selector: int, base: int, limit: int, flags: int) -> SegmentCache:
+    return SegmentCache(selector, base, limit, (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00))

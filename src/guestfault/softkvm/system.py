@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from guestfault.dialect.published import DIALECTS
+from guestfault.dialect.published import dialect_named
 from guestfault.dialect.record import Dialect
-from guestfault.errors import Unavailable
 from guestfault.softkvm.capabilities import check_extension
 from guestfault.softkvm.mm import HostMm
 from guestfault.softkvm.vm import SoftVm
@@ -24,20 +23,14 @@ class SoftSystem:
     """
 
     def __init__(self, dialect: Dialect | str = "seed", *, tdp_enabled: bool = True) -> None:
-        if isinstance(dialect, str):
-            if dialect not in DIALECTS:
-                raise Unavailable(
-                    f"dialect {dialect!r}", "not known", f"known are {', '.join(DIALECTS)}"
-                )
-            dialect = DIALECTS[dialect]
-        self.dialect = dialect
+        self.dialect = dialect_named(dialect) if isinstance(dialect, str) else dialect
         self.tdp_enabled = tdp_enabled
         self._mm = HostMm()
 
     @property
     def name(self) -> str:
         """What it is, for people."""
-        return f"softkvm ({self.dialect.name})"
+        return f"softkvm ({self.dialect.name}{'' if self.tdp_enabled else ', npt=0'})"
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.errors import KvmError
+from guestfault.softkvm.async_pf import kvm_clear_async_pf_completion_queue
 from guestfault.softkvm.cpu import Cpu
 from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill, translate
 from guestfault.softkvm.kvm_host import (
@@ -16,12 +18,16 @@ from guestfault.softkvm.kvm_host import (
     Request,
     kvm_check_request,
     kvm_make_request,
+    kvm_vcpu_kick,
     vcpu_load,
     vcpu_put,
 )
-from guestfault.softkvm.mmio import DeviceAccesses
+from guestfault.softkvm.lapic import APIC_BASE_BSP, KvmLapic
+from guestfault.softkvm.msr import read_msr, write_msr
+from guestfault.softkvm.preempt import Mutex
 from guestfault.softkvm.processor import GPRS, Access, Hooks
 from guestfault.softkvm.refusal import AccessFailed, Retry
+from guestfault.softkvm.shadow_fault import kvm_mmu_create
 from guestfault.softkvm.x86 import kvm_arch_vcpu_ioctl_run
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import AccessKind, Translation
@@ -40,16 +46,27 @@ class SoftVcpu:
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         area = bytearray(RUN_AREA_SIZE)
         self._view = memoryview(area)
-        self._mutex = threading.Lock()  # vcpu->mutex: one ioctl at a time
+        self._mutex = Mutex(("mutex", vcpu_id))  # vcpu->mutex: one ioctl at a time
         self._kick_lock = threading.RLock()  # a signal handler may kick in the midst of run()
         self._kicked = False
         self._closed = False
-        self.arch = KvmVcpu(kvm, vcpu_id, uapi.kvm_run.from_buffer(area), self._view)
-        self._devices = DeviceAccesses()
-        hooks = Hooks(self._on_tlb_miss, self._fetch, self._devices.on_read, self._devices.on_write)
-        self.arch.cpu = (kvm.make_processor or Cpu)(hooks)
+        self.arch = KvmVcpu(kvm, vcpu_id, kvm_run_v5.from_buffer(area), self._view)
+        if not kvm.tdp_enabled:
+            kvm_mmu_create(self.arch)
+        self.arch.cpu = (kvm.make_processor or Cpu)(Hooks(self._on_tlb_miss, self._fetch))
         self.arch.cpu.write_gprs({"rip": 0xFFF0, "rflags": 2, "rdx": 0x600})
         _reset(self.arch.sregs)
+        if kvm.irqchip_in_kernel:
+            self._create_lapic()
+
+    def _create_lapic(self) -> None:
+        vcpu = self.arch
+        vcpu.apic = KvmLapic(vcpu.vcpu_id)
+        if vcpu.vcpu_id != 0:
+            # An application processor, which waits for INIT and SIPI.
+            vcpu.sregs.apic_base &= ~APIC_BASE_BSP
+            vcpu.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
+        vcpu.apic.apic_base = int(vcpu.sregs.apic_base)
 
     @property
     def vcpu_id(self) -> int:
@@ -76,7 +93,7 @@ class SoftVcpu:
             vcpu_load(vcpu)
             vcpu.thread = threading.get_ident()
             try:
-                ret = kvm_arch_vcpu_ioctl_run(vcpu, self._devices)
+                ret = kvm_arch_vcpu_ioctl_run(vcpu)
             finally:
                 vcpu.thread = None
                 vcpu_put()
@@ -94,6 +111,7 @@ class SoftVcpu:
             self.arch.run.immediate_exit = 1
             if self.arch.thread is not None:
                 kvm_make_request(self.arch, Request.SIGNAL)
+                kvm_vcpu_kick(self.arch)
 
     # -- the processor's questions: KVM answers outside guest mode ---------------------------------
 
@@ -101,6 +119,7 @@ class SoftVcpu:
         vcpu = self.arch
         vcpu.in_guest_mode = False
         vcpu.refresh_cpl()
+        vcpu.refused_page = None
         answer = tlb_fill(vcpu, gva, access)
         vcpu.in_guest_mode = True
         if answer is None:
@@ -136,12 +155,15 @@ class SoftVcpu:
         with self._ioctl("KVM_SET_REGS"):
             self.arch.cpu.write_gprs({name: getattr(regs, name) for name in GPRS})
             self.arch.pending_exception = None
-            self._devices.forget()
 
     def get_sregs(self) -> uapi.kvm_sregs:
         """``KVM_GET_SREGS``."""
         with self._ioctl("KVM_GET_SREGS"):
-            return uapi.kvm_sregs.from_buffer_copy(self.arch.sync_sregs())
+            sregs = uapi.kvm_sregs.from_buffer_copy(self.arch.sync_sregs())
+            vector = self.arch.interrupt_injected
+            if vector is not None:
+                sregs.interrupt_bitmap[vector // 64] |= 1 << vector % 64
+            return sregs
 
     def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
         """``KVM_SET_SREGS``; EINVAL for a mode that cannot be (``kvm_is_valid_sregs``)."""
@@ -160,20 +182,53 @@ class SoftVcpu:
                 f" cs.l {sregs.cs.l}",
             )
         with self._ioctl("KVM_SET_SREGS"):
-            self.arch.sregs = uapi.kvm_sregs.from_buffer_copy(sregs)
-            self.arch.sregs_changed = True
+            vcpu = self.arch
+            vcpu.sregs = uapi.kvm_sregs.from_buffer_copy(sregs)
+            vcpu.sregs_changed = True
+            bitmap = int.from_bytes(bytes(sregs.interrupt_bitmap), "little")
+            if bitmap:  # which has one bit: an interrupt that was on its way to the guest
+                vcpu.interrupt_injected = (bitmap & -bitmap).bit_length() - 1
+                vcpu.sregs.interrupt_bitmap[:] = [0] * len(sregs.interrupt_bitmap)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """``KVM_GET_MSRS``."""
+        with self._loaded("KVM_GET_MSRS") as vcpu:
+            values = {}
+            for index in indices:
+                value = read_msr(vcpu, index)
+                if value is None:
+                    raise KvmError("KVM_GET_MSRS", errno.EINVAL, f"MSR {index:#x}")
+                values[index] = value
+            return values
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """``KVM_SET_MSRS``."""
+        with self._loaded("KVM_SET_MSRS") as vcpu:
+            for index, value in values.items():
+                if not write_msr(vcpu, index, value, host_initiated=True):
+                    raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"MSR {index:#x} = {value:#x}")
+
+    def get_mp_state(self) -> int:
+        """``KVM_GET_MP_STATE``."""
+        with self._ioctl("KVM_GET_MP_STATE"):
+            return self.arch.mp_state
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """``KVM_SET_MP_STATE``."""
+        only_with_lapic = uapi.KVM_MP_STATE_UNINITIALIZED, uapi.KVM_MP_STATE_HALTED
+        with self._ioctl("KVM_SET_MP_STATE"):
+            vcpu = self.arch
+            if mp_state != uapi.KVM_MP_STATE_RUNNABLE and (
+                vcpu.apic is None or mp_state not in only_with_lapic
+            ):
+                raise KvmError("KVM_SET_MP_STATE", errno.EINVAL, f"state {mp_state}")
+            vcpu.mp_state = mp_state
+            kvm_make_request(vcpu, Request.EVENT)
 
     def translate(self, gva: int) -> uapi.kvm_translation:
         """``KVM_TRANSLATE``."""
-        vcpu = self.arch
-        with self._ioctl("KVM_TRANSLATE"):
-            vcpu_load(vcpu)
-            try:
-                if vcpu.sregs_changed:
-                    vcpu.load_sregs()
-                found = translate(vcpu, gva, AccessKind.READ, implicit=True)
-            finally:
-                vcpu_put()
+        with self._loaded("KVM_TRANSLATE") as vcpu:
+            found = translate(vcpu, gva, AccessKind.READ, implicit=True)
         valid = type(found) is Translation
         gpa = found.gpa if type(found) is Translation else 2**64 - 1
         return uapi.kvm_translation(
@@ -189,6 +244,7 @@ class SoftVcpu:
         with self._mutex:
             if not self._closed:
                 self._closed = True
+                kvm_clear_async_pf_completion_queue(self.arch)
                 self.arch.cpu.close()
 
     @contextlib.contextmanager
@@ -198,6 +254,21 @@ class SoftVcpu:
             if self._closed:
                 raise KvmError(name, errno.EBADF, f"vCPU {self.vcpu_id} is closed")
             yield
+
+    @contextlib.contextmanager
+    def _loaded(self, name: str) -> Iterator[KvmVcpu]:
+        """Like :meth:`_ioctl`, with the vCPU loaded: for one that accesses guest memory."""
+        with self._ioctl(name):
+            vcpu = self.arch
+            vcpu_load(vcpu)
+            vcpu.emulating = True
+            try:
+                if vcpu.sregs_changed:
+                    vcpu.load_sregs()
+                yield vcpu
+            finally:
+                vcpu.emulating = False
+                vcpu_put()
 
 
 def _reset(s: uapi.kvm_sregs) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 
-from guestfault.dialect.record import Dialect
+from guestfault.dialect.record import Ask, Dialect, Enabling
 from guestfault.errors import KvmError
-from guestfault.softkvm.capabilities import MAX_VCPUS, check_extension, valid_slot_flags
-from guestfault.softkvm.kvm_host import Kvm, Request, kvm_make_request
+from guestfault.softkvm.capabilities import (
+    MAX_VCPUS,
+    check_extension,
+    may_enable,
+    valid_slot_flags,
+)
+from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
-from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import MakeProcessor
-from guestfault.softkvm.second_stage import PT_WRITABLE
+from guestfault.softkvm.set_memslot import kvm_set_memslot
+from guestfault.softkvm.shadow import kvm_mmu_init_vm
 from guestfault.softkvm.vcpu import SoftVcpu
 from guestfault.uapi import kvm as uapi
 
@@ -36,6 +41,8 @@ class SoftVm:
         self.kvm = Kvm(dialect, mm, tdp_enabled=tdp_enabled, make_processor=make_processor)
         self._vcpus: dict[int, SoftVcpu] = {}
         self._closed = False
+        if not tdp_enabled:
+            kvm_mmu_init_vm(self.kvm)
         mm.mmu_notifier_register(self)
 
     def check_extension(self, cap: int) -> int:
@@ -43,8 +50,27 @@ class SoftVm:
         return check_extension(self.kvm.dialect, cap)
 
     def enable_cap(self, cap: int, args: tuple[int, ...] = (), flags: int = 0) -> None:
-        """``KVM_ENABLE_CAP``: no capability here needs enabling, and so none can be."""
-        raise KvmError("KVM_ENABLE_CAP", errno.EINVAL, f"capability {cap} is not one to enable")
+        """``KVM_ENABLE_CAP``, for the dialects in which userspace must opt in.
+
+        What was asked for replaces what was asked for before.  EINVAL for every other capability.
+        """
+        detail = f"capability {cap}, args {args}, flags {flags:#x}"
+        info = self.kvm.dialect.info
+        asked = args[0] if args else 0
+        if info is None or cap != info.number or flags or not may_enable(self.kvm.dialect, asked):
+            raise KvmError("KVM_ENABLE_CAP", errno.EINVAL, detail)
+        if info.enabling is Enabling.OPT_IN:
+            self.kvm.fill_efault_info = asked == 1
+        else:
+            self.kvm.memfault_exit_reasons = asked
+
+    def set_mem_fault_nowait(self, state: bool) -> None:
+        """``KVM_SET_MEM_FAULT_NOWAIT``, of the first version only; ENOTTY in all others."""
+        missing = self.kvm.dialect.missing
+        if missing is None or missing.ask is not Ask.VM_SWITCH:
+            detail = f"{self.kvm.dialect.name} has no such ioctl"
+            raise KvmError("KVM_SET_MEM_FAULT_NOWAIT", errno.ENOTTY, detail)
+        self.kvm.mem_fault_nowait = state
 
     def set_user_memory_region(
         self,
@@ -53,14 +79,22 @@ class SoftVm:
         memory_size: int,
         userspace_addr: int,
         flags: int = 0,
+        *,
+        userfault_bitmap: int = 0,
     ) -> None:
-        """``KVM_SET_USER_MEMORY_REGION``."""
+        """``KVM_SET_USER_MEMORY_REGION``; its successor for one with a ``userfault_bitmap``."""
         mem = uapi.kvm_userspace_memory_region(
             slot, flags, guest_phys_addr, memory_size, userspace_addr
         )
         kvm = self.kvm
         with kvm.slots_lock:
-            r, old, new = kvm_set_memory_region(kvm.memslots, mem, valid_slot_flags(kvm.dialect))
+            r, old, new = kvm_set_memory_region(
+                kvm.memslots,
+                mem,
+                valid_slot_flags(kvm.dialect, flags, userfault_bitmap != 0),
+                kvm.userfault_flag,
+                userfault_bitmap,
+            )
             if r < 0:
                 raise KvmError(
                     "KVM_SET_USER_MEMORY_REGION",
@@ -70,13 +104,7 @@ class SoftVm:
                 )
             if old is None and new is None:
                 return
-            # The new list first, then the zap: a fault that read the old list before the zap is
-            # stale by its sequence, one that begins after it sees the new list.
-            preemption_point("kvm_set_memory_region: publish the slots", "memslots", True)
-            kvm.memslots = kvm.memslots.replaced(old, new)
-            if old is not None:
-                kvm.second_stage.zap_memslot(old)
-                self._flush_remote_tlbs()
+            kvm_set_memslot(kvm, old, new)
 
     def get_dirty_log(self, slot: int) -> bytes:
         """``KVM_GET_DIRTY_LOG``: what was written since, and write-protect it again."""
@@ -85,15 +113,18 @@ class SoftVm:
             memslot = kvm.memslots.by_id(slot)
             if memslot is None or not memslot.dirty_bitmap:
                 raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, f"slot {slot} keeps no log")
-            with kvm.second_stage.mmu_lock:
-                log = bytes(memslot.dirty_bitmap)
-                memslot.dirty_bitmap[:] = bytes(len(log))
-                sptes = kvm.second_stage.sptes
-                for gfn in range(memslot.base_gfn, memslot.base_gfn + memslot.npages):
-                    if gfn in sptes:
-                        sptes[gfn] &= ~PT_WRITABLE
-            self._flush_remote_tlbs()
+            log, flush = kvm.second_stage.get_dirty_log(memslot)
+            if flush:
+                kvm_flush_remote_tlbs(kvm)
         return log
+
+    def create_irqchip(self) -> None:
+        """``KVM_CREATE_IRQCHIP``: local APICs in the kernel, see :mod:`.lapic` for how little."""
+        if self.kvm.irqchip_in_kernel:
+            raise KvmError("KVM_CREATE_IRQCHIP", errno.EEXIST, "there is one")
+        if self._vcpus:
+            raise KvmError("KVM_CREATE_IRQCHIP", errno.EINVAL, "there are vCPUs already")
+        self.kvm.irqchip_in_kernel = True
 
     def create_vcpu(self, vcpu_id: int) -> SoftVcpu:
         """``KVM_CREATE_VCPU``."""
@@ -103,12 +134,8 @@ class SoftVm:
             raise KvmError("KVM_CREATE_VCPU", errno.EEXIST, f"id {vcpu_id} is taken")
         vcpu = SoftVcpu(self.kvm, vcpu_id)
         self._vcpus[vcpu_id] = vcpu
+        self.kvm.vcpus[vcpu_id] = vcpu.arch
         return vcpu
-
-    def _flush_remote_tlbs(self) -> None:
-        """``kvm_flush_remote_tlbs``: when it returns, no vCPU uses an entry that was zapped."""
-        for vcpu in list(self._vcpus.values()):
-            kvm_make_request(vcpu.arch, Request.TLB_FLUSH)
 
     # -- the host's mmu_notifier -------------------------------------------------------------------
 
@@ -116,7 +143,7 @@ class SoftVm:
         """The host is about to take pages away: see to it that no vCPU can touch them."""
         kvm = self.kvm
         if kvm.second_stage.invalidate_range_start(kvm.memslots, start, end):
-            self._flush_remote_tlbs()
+            kvm_flush_remote_tlbs(kvm)
 
     def invalidate_range_end(self, start: int, end: int) -> None:
         """They are gone; faults may look again."""
@@ -130,4 +157,5 @@ class SoftVm:
         self.kvm.mm.mmu_notifier_unregister(self)
         for vcpu in self._vcpus.values():
             vcpu.close()
+        self.kvm.workqueue.close()
         self._vcpus.clear()

@@ -1,24 +1,33 @@
 """``KVM_RUN``: the loop of ``arch/x86/kvm/x86.c``.
 
 :func:`kvm_arch_vcpu_ioctl_run` completes what userspace was asked for, looks at ``immediate_exit``,
-and hands over to :func:`vcpu_run`, which enters the guest again and again.  Every handler speaks
-KVM's convention: 1 resumes the guest, 0 exits to userspace with ``kvm_run`` filled, a negative
-errno is what KVM_RUN fails with.
+and hands over to :func:`vcpu_run`, which enters the guest again and again, or sleeps while it is
+halted.  Before each entry :func:`vcpu_enter_guest` serves the vCPU's requests, in Linux's order,
+and delivers what is pending.  Every handler speaks KVM's convention: 1 resumes the guest, 0 exits
+to userspace with ``kvm_run`` filled, a negative errno is what KVM_RUN fails with.
 """
 
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Callable
 
-from guestfault.softkvm import exceptions
+from guestfault.softkvm.async_pf_ready import kvm_check_async_pf_completion
+from guestfault.softkvm.block import (
+    kvm_vcpu_block,
+    kvm_vcpu_running,
+    vcpu_block,
+)
+from guestfault.softkvm.efault import forget_annotation, kvm_run_begin, vcpu_run_begin
 from guestfault.softkvm.emulate import emulate_intercept, emulate_planted
+from guestfault.softkvm.emulator import x86_emulate_instruction
+from guestfault.softkvm.events import has_event, inject_event, must_step, step
+from guestfault.softkvm.exception_queue import from_intercept, kvm_queue_exception
 from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
-from guestfault.softkvm.memslots import Memslots
-from guestfault.softkvm.mmio import DeviceAccesses, emulate_device_access
+from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, Memslots
+from guestfault.softkvm.preempt import cond_resched
 from guestfault.softkvm.processor import REFUSED, Stop, StopKind
 from guestfault.softkvm.refusal import (
     AccessFailed,
@@ -30,40 +39,73 @@ from guestfault.softkvm.refusal import (
 )
 from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
 from guestfault.uapi import kvm as uapi
-from guestfault.x86.paging import AccessKind
 
 __all__ = ["kvm_arch_vcpu_ioctl_run"]
 
 
-def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu) -> int:
     """Finish the last exit, then run; ``immediate_exit`` stops in between."""
+    kvm_run_begin(vcpu)
+    if vcpu.mp_state == uapi.KVM_MP_STATE_UNINITIALIZED:
+        return _wait_for_init(vcpu)
+    if vcpu.complete_userspace_io is None and vcpu.emulate_ctxt.mmio_needed:
+        # An exit was prepared for an access of KVM's own, and never made.
+        vcpu.kvm.warn_on_once("kvm_arch_vcpu_ioctl_run: mmio_needed, and nobody completes it")
     while (complete := vcpu.complete_userspace_io) is not None:
         vcpu.complete_userspace_io = None
-        r = _handled(vcpu, devices, complete)
+        r = _handled(vcpu, complete)
         if r <= 0:
             return r
     if vcpu.run.immediate_exit:
         kvm_check_request(vcpu, Request.SIGNAL)
         return -errno.EINTR  # exit_reason is left as it was, as in the kernel
-    return vcpu_run(vcpu, devices)
+    return vcpu_run(vcpu)
 
 
-def vcpu_run(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
-    """Enter the guest until a handler wants userspace."""
-    if vcpu.kvm.dialect.resets_exit_reason:
-        vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
+def _wait_for_init(vcpu: KvmVcpu) -> int:
+    """An application processor sleeps until another starts it: here, until userspace does."""
+    if not vcpu.run.immediate_exit:
+        kvm_vcpu_block(vcpu)
+        if not kvm_check_request(vcpu, Request.SIGNAL):
+            return -errno.EAGAIN
+        vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
+        vcpu.stat.signal_exits += 1
+    return -errno.EINTR
+
+
+def vcpu_run(vcpu: KvmVcpu) -> int:
+    """Enter the guest, or sleep while it is halted, until a handler wants userspace."""
+    vcpu_run_begin(vcpu)
     while True:
-        r = vcpu_enter_guest(vcpu, devices)
+        r = vcpu_enter_guest(vcpu) if kvm_vcpu_running(vcpu) else vcpu_block(vcpu)
         if r <= 0:
             return r
         if kvm_check_request(vcpu, Request.SIGNAL):
             vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
+            vcpu.stat.signal_exits += 1
             return -errno.EINTR
 
 
-def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
+def vcpu_enter_guest(vcpu: KvmVcpu) -> int:
     """Serve the requests, deliver what is pending, run the guest once, handle its exit."""
-    cpu = vcpu.cpu
+    vcpu.emulating = True
+    try:
+        r = _serve_requests(vcpu)
+        if r is not None:
+            return r
+        if vcpu.apic is None and vcpu.pending_exception is None:
+            return _run_guest(vcpu)
+        return _handled(vcpu, lambda: _inject_or_run(vcpu))
+    finally:
+        vcpu.emulating = False
+
+
+def _serve_requests(vcpu: KvmVcpu) -> int | None:
+    """The requests, in Linux's order; a result if one of them is not to enter the guest.
+
+    One that prepares an exit leaves at once: no page fault is made on the way out, in which
+    ``kvm_run`` could be written again.
+    """
     flush = kvm_check_request(vcpu, Request.TLB_FLUSH)
     if vcpu.mapped_memslots is not vcpu.kvm.memslots:
         _map_memslots(vcpu, vcpu.kvm.memslots)
@@ -71,30 +113,60 @@ def vcpu_enter_guest(vcpu: KvmVcpu, devices: DeviceAccesses) -> int:
         flush = True
     if flush:
         vcpu.forget_walks()
-        cpu.flush_tlb()
-        cpu.flush_code()
+        vcpu.cpu.flush_tlb()
+        vcpu.cpu.flush_code()
     if vcpu.sregs_changed:
         vcpu.load_sregs()
-    if vcpu.pending_exception is not None:
-        vcpu.refresh_cpl()
-        return _after(vcpu, devices, exceptions.deliver(vcpu))
-    if vcpu.system_page is None:
-        stop = vcpu.enter_guest(cpu.run)
+    if not vcpu.requests:
+        return None
+    if kvm_check_request(vcpu, Request.TRIPLE_FAULT):
+        vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
+        vcpu.emulate_ctxt.mmio_needed = False
+        return 0
+    if kvm_check_request(vcpu, Request.APF_HALT):
+        vcpu.apf.halted = True  # the page is not there: an artificial halt until it is
+        return 1
+    if kvm_check_request(vcpu, Request.APF_READY):
+        kvm_check_async_pf_completion(vcpu)
+    if kvm_check_request(vcpu, Request.EVENT):
+        vcpu.stat.req_event += 1
+    return None
+
+
+def _inject_or_run(vcpu: KvmVcpu) -> int:
+    """Deliver what is pending, if the guest can take it; else have it run."""
+    if has_event(vcpu):
+        return _after(vcpu, inject_event(vcpu))
+    return _run_guest(vcpu)
+
+
+def _run_guest(vcpu: KvmVcpu) -> int:
+    """Have the processor execute the guest until something needs KVM, and handle that."""
+    cpu = vcpu.cpu
+    if vcpu.apic is not None and must_step(vcpu):
+        stop = step(vcpu)
     else:
+        stop = _execute(vcpu, cpu.run if vcpu.system_page is None else cpu.step)
+    if stop is not REFUSED:
         # What is granted to the processor's own accesses is for one instruction only.
-        stop = vcpu.enter_guest(cpu.step)
-        if stop is not REFUSED:
-            vcpu.system_page = None
+        vcpu.system_page = None
     if stop is REFUSED and _fetched_ahead(vcpu):
-        stop = vcpu.enter_guest(cpu.step)
+        stop = _execute(vcpu, cpu.step)
     vcpu.stat.exits += 1
     if stop is REFUSED:
-        return _after(vcpu, devices, refine(vcpu, vcpu.refusal))
+        return _after(vcpu, refine(vcpu, vcpu.refusal))
     if stop.kind in (StopKind.REQUESTED, StopKind.STEPPED):
         return 1
-    # The guest has got past whatever instruction was waiting for a device's answer.
-    devices.forget()
-    return _handle_exit(vcpu, devices, stop)
+    return _handle_exit(vcpu, stop)
+
+
+def _execute(vcpu: KvmVcpu, execute: Callable[[], Stop]) -> Stop:
+    """Guest code: its accesses are the guest's own, and may be told that a page comes later."""
+    vcpu.emulating = vcpu.shadow_passed = False
+    try:
+        return vcpu.enter_guest(execute)
+    finally:
+        vcpu.emulating = True
 
 
 def _fetched_ahead(vcpu: KvmVcpu) -> bool:
@@ -106,21 +178,21 @@ def _fetched_ahead(vcpu: KvmVcpu) -> bool:
     gva = vcpu.refused_fetch
     if gva is None or gva >> 12 == vcpu.cpu.linear_rip >> 12:
         return False
-    vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN  # of an annotation that nobody is to see
+    forget_annotation(vcpu)
     return True
 
 
-def _handle_exit(vcpu: KvmVcpu, devices: DeviceAccesses, stop: Stop) -> int:
+def _handle_exit(vcpu: KvmVcpu, stop: Stop) -> int:
     vcpu.refresh_cpl()
     code = stop.code
     match stop.kind:
         case StopKind.PLANTED:
-            return _handled(vcpu, devices, lambda: _planted(vcpu))
+            return _handled(vcpu, lambda: _planted(vcpu))
         case StopKind.INTERCEPT if INTERCEPT_EXCEPTION <= code < INTERCEPT_EXCEPTION + 32:
-            exception = exceptions.from_intercept(code - INTERCEPT_EXCEPTION)
-            return _after(vcpu, devices, exception)
+            exception = from_intercept(code - INTERCEPT_EXCEPTION)
+            return _after(vcpu, exception)
         case StopKind.INTERCEPT:
-            return _handled(vcpu, devices, lambda: emulate_intercept(vcpu, code))
+            return _handled(vcpu, lambda: emulate_intercept(vcpu, code))
     return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, stop.text)
 
 
@@ -132,33 +204,42 @@ def _planted(vcpu: KvmVcpu) -> int:
     return r
 
 
-def _handled(vcpu: KvmVcpu, devices: DeviceAccesses, handler: Callable[[], int]) -> int:
+def _handled(vcpu: KvmVcpu, handler: Callable[[], int]) -> int:
     """Run a handler that accesses guest memory, and deal with an access that fails."""
+    emulating, vcpu.emulating = vcpu.emulating, True
     try:
         return handler()
     except AccessFailed as failed:
         if isinstance(failed.refusal, Emulate):
             text = f"memory at {failed.refusal.gpa:#x} is not in a slot"
             return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
-        return _after(vcpu, devices, failed.refusal)
+        return _after(vcpu, failed.refusal)
+    finally:
+        vcpu.emulating = emulating
 
 
-def _after(vcpu: KvmVcpu, devices: DeviceAccesses, refusal: Refusal | None) -> int:
+def _after(vcpu: KvmVcpu, refusal: Refusal | None) -> int:
     """What follows from an access that did not go through."""
     match refusal:
         case Exit(result):
             return result
         case GuestException():
-            devices.forget()  # the instruction will be executed anew, if at all
-            return exceptions.queue(vcpu, refusal)
-        case Emulate(gpa, AccessKind.FETCH):
-            text = f"instruction fetch from {gpa:#x}, where no memory slot is"
-            return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
+            return kvm_queue_exception(vcpu, refusal)
         case Emulate():
-            return _handled(vcpu, devices, lambda: emulate_device_access(vcpu, devices))
+            return _handled(vcpu, lambda: x86_emulate_instruction(vcpu, refusal))
         case Retry():
-            time.sleep(0)  # cond_resched: let them finish what we must wait for
+            cond_resched("mmu", lambda: _has_settled(vcpu))
     return 1
+
+
+def _has_settled(vcpu: KvmVcpu) -> bool:
+    """Whether a fault that must be tried again may end otherwise now, or the vCPU is wanted."""
+    if vcpu.requests:
+        return True
+    kvm = vcpu.kvm
+    if kvm.second_stage.mmu_invalidate_in_progress:
+        return False
+    return not any(slot.flags & KVM_MEMSLOT_INVALID for slot in kvm.memslots.slots)
 
 
 def _map_memslots(vcpu: KvmVcpu, memslots: Memslots) -> None:

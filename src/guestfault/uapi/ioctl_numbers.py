@@ -9,7 +9,7 @@ with its header only.
 
 from __future__ import annotations
 
-from ctypes import Structure, c_uint64, sizeof
+from ctypes import Structure, c_bool, c_uint64, sizeof
 from typing import Final
 
 __all__ = ["_IO", "_IOC", "_IOR", "_IOW", "_IOWR"]
@@ -44,6 +44,6 @@ def _IOW(type_: int, nr: int, argument: type[Structure | c_uint64]) -> int:
     return _IOC(_WRITE, type_, nr, sizeof(argument))
 
 
-def _IOWR(type_: int, nr: int, argument: type[Structure | c_uint64]) -> int:
+def _IOWR(type_: int, nr: int, argument: type[Structure | c_uint64 | c_bool]) -> int:
     """An ioctl that takes its argument and fills it."""
     return _IOC(_READ | _WRITE, type_, nr, sizeof(argument))

@@ -17,8 +17,9 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
-from guestfault.dialect.interface import MemoryFaultInterface, probe
-from guestfault.dialect.published import missing_flag
+from guestfault.dialect.interface import MemoryFaultInterface
+from guestfault.dialect.published import recognise
+from guestfault.dialect.record import Dialect
 from guestfault.errors import GuestfaultError, Unavailable
 from guestfault.fault.locate.chain import Locators
 from guestfault.fault.locate.decode import DecodeLocator
@@ -29,7 +30,7 @@ from guestfault.kvm.protocols import System, Vcpu, Vm
 from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
-from guestfault.memory.view import GuestView, Protected, Registered, Unpopulated
+from guestfault.memory.view import Registered, Unpopulated
 from guestfault.paging.handler import UserfaultHandler
 from guestfault.paging.pager import Pager
 from guestfault.paging.resolver import FaultResolver
@@ -37,6 +38,7 @@ from guestfault.paging.source.base import PageSource
 from guestfault.uapi import kvm as uapi
 from guestfault.vmm.arming import TracepointArming
 from guestfault.vmm.eager import bring_in_eagerly
+from guestfault.vmm.exits import Absence, ask_for_annotations, ask_for_exits
 from guestfault.vmm.vcpu_loop import VcpuLoop
 
 __all__ = ["Mode", "Session"]
@@ -56,8 +58,14 @@ class Session:
 
     The session takes the source's bytes to be the snapshot's memory and leaves both, and the
     system, to be closed by the caller.  With ``locate`` a bare failure is named by the locators;
-    without it the kernel's word is all there is, and a bare failure stops the session.  Raises
-    :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode``.
+    without it the kernel's word is all there is, and a bare failure stops the session.
+
+    ``dialect`` is the version of the interface to speak with the KVM: to enable, and to decode by.
+    Without it, it is the one that the KVM's capabilities tell
+    (:func:`guestfault.dialect.interface.probe`), which some versions cannot be known by.
+
+    Raises :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode``, and
+    :class:`~guestfault.errors.KvmError` if the KVM refuses what belongs to ``dialect``.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Session:
         source: PageSource,
         mode: Mode = Mode.EXIT,
         *,
+        dialect: Dialect | None = None,
         locate: bool = True,
     ) -> None:
         self.began = time.monotonic()
@@ -78,31 +87,45 @@ class Session:
         self._threads: dict[VcpuLoop, threading.Thread] = {}
         self._defect: Exception | None = None  # a fault of ours or of a source's, not of the run
         self.failure: GuestfaultError | None = None
+        self._ran_on: dict[int | None, VcpuLoop] = {}  # the threads of earlier runs, too
+        self._unserved: PageFault | None = None  # the one that the handler's source failed at
         self.failed_vcpu: VcpuLoop | None = None  # the one that the failure stopped, if known
         try:
-            self._build(source, locate)
+            self._build(source, dialect, locate)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, source: PageSource, locate: bool) -> None:
+    def _build(self, source: PageSource, dialect: Dialect | None, locate: bool) -> None:
         self.ram = GuestRam(self.snapshot.memory_size)
         self._undo.append(self.ram.close)
         self._require_vcpus(len(self.snapshot.vcpus))
         vm = self.system.create_vm()
         self._undo.append(vm.close)
-        self.interface: MemoryFaultInterface | None = probe(vm.check_extension)
-        self.view, flags = self._choose_view(vm)
+        self.dialect = dialect or recognise(vm.check_extension)
+        self.interface: MemoryFaultInterface | None = None
+        if self.dialect is not None:
+            self.interface = self.dialect.interface
+        self._absence = self._choose_absence(vm)
+        self.view = self._absence.view
         # Undone last to first: the VM goes before the view, whose absent pages then read as zeros.
         self._undo.insert(-1, self.view.close)
         self.slots = SlotMap()
         for slot in self.snapshot.slots:
             hva = self.ram.guest.address + slot.offset
+            flags = self._absence.slot_flags
             self.slots.add(
                 MemorySlot(slot.guest_phys_addr, slot.memory_size, hva, slot.slot, flags)
             )
         for added in self.slots:
-            vm.set_user_memory_region(added.slot, added.gpa, added.size, added.hva, added.flags)
+            vm.set_user_memory_region(
+                added.slot,
+                added.gpa,
+                added.size,
+                added.hva,
+                added.flags,
+                userfault_bitmap=self._absence.bitmap_of(added.hva - self.ram.guest.address),
+            )
         self.pager = Pager(self.ram, self.view, source)
         self.handler: UserfaultHandler | None = None
         if self.mode is Mode.UFFD:
@@ -116,17 +139,15 @@ class Session:
             vcpu.set_regs(state.regs)
             self.vcpus.append(self._loop(vcpu, locate and self.mode is Mode.EXIT))
         self.eager_pages = 0
-        if not isinstance(self.view, Unpopulated):
+        # With two-dimensional paging, a KVM that exits on a missing page does so on a page table.
+        if not isinstance(self.view, Unpopulated) or not self.system.tdp_enabled:
             self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
 
     def _loop(self, vcpu: Vcpu, locate: bool) -> VcpuLoop:
         resolver = FaultResolver(vcpu, self.pager, self.slots)
         locators = arming = None
         if locate:
-            residency = HostResidency(registered=isinstance(self.view, Registered))
-            self._undo.append(residency.close)
-            memory = HostView(self.slots, self.ram, self.pager.is_in)
-            locators = Locators(vcpu, self.slots, DecodeLocator(self.slots, memory, residency))
+            locators = Locators(vcpu, self.slots, self._decode_locator())
             arming = TracepointArming(self.system, vcpu, self.slots, locators)
         return VcpuLoop(
             vcpu,
@@ -138,23 +159,25 @@ class Session:
             arming,
         )
 
+    def _decode_locator(self) -> DecodeLocator:
+        residency = HostResidency(registered=self._absence.registered)
+        self._undo.append(residency.close)
+        memory = HostView(self.slots, self.ram, self.pager.is_in)
+        return DecodeLocator(self.slots, memory, residency)
+
     def _require_vcpus(self, count: int) -> None:
         limit = self.system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
         if count > limit > 0:
             why = f"{self.system.name} can have {limit} in a VM"
             raise Unavailable(f"{count} vCPUs", why, "use a guest with fewer")
 
-    def _choose_view(self, vm: Vm) -> tuple[GuestView, int]:
-        """How pages are absent, and the flags that the slots need for it."""
+    def _choose_absence(self, vm: Vm) -> Absence:
+        """How pages are absent, and what is asked of the VM for it."""
+        if self.dialect is not None:
+            ask_for_annotations(vm, self.dialect)
         if self.mode is Mode.UFFD:
-            return Registered(self.ram, sigbus=False), 0
-        missing = missing_flag(self.interface, vm.check_extension)
-        if missing is not None:
-            return Unpopulated(self.ram), missing.slot_flag
-        try:
-            return Registered(self.ram, sigbus=True), 0
-        except Unavailable:
-            return Protected(self.ram), 0
+            return Absence(Registered(self.ram, sigbus=False), registered=True)
+        return ask_for_exits(vm, self.dialect, self.ram, self.snapshot)
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -166,7 +189,7 @@ class Session:
         as a source that is being read takes to answer.
         """
         self._stopping = False
-        self.failure = self.failed_vcpu = self._defect = None
+        self.failure = self.failed_vcpu = self._defect = self._unserved = None
         if self.handler is not None:
             self.handler.start()
         self._threads = {
@@ -186,6 +209,8 @@ class Session:
                     watch()
         finally:
             self._come_to_rest()
+        if self.failure is not None and self.failed_vcpu is None and self._unserved is not None:
+            self.failed_vcpu = self._who_stands_at(self._unserved)
         if self._defect is not None:
             raise self._defect
         return all(loop.console.done for loop in self.vcpus)
@@ -240,12 +265,26 @@ class Session:
 
     def _source_failed(self, fault: PageFault, error: Exception) -> None:
         """On the handler's thread: a page that a vCPU sleeps in cannot be had."""
-        sleepers = (
-            loop
-            for loop, thread in self._threads.items()
-            if thread.native_id == fault.thread_id is not None
-        )
-        self._fail(error, next(sleepers, None))
+        loop = None
+        if fault.thread_id is not None:
+            self._ran_on |= {thread.native_id: lp for lp, thread in self._threads.items()}
+            loop = self._ran_on.get(fault.thread_id)
+        self._unserved = fault
+        self._fail(error, loop)
+
+    def _who_stands_at(self, fault: PageFault) -> VcpuLoop | None:
+        """The vCPU whose instruction accesses the page, now that all have stopped.
+
+        For a fault whose thread is not a vCPU's: a KVM may have another one wait for the page.
+        """
+        locator = self._decode_locator()
+        for loop in self.vcpus:
+            if not loop.console.done:
+                regs, sregs = loop.vcpu.get_regs(), loop.vcpu.get_sregs()
+                accesses = locator.locate(regs, sregs)
+                if any(a.hva is not None and a.hva >> 12 == fault.address >> 12 for a in accesses):
+                    return loop
+        return None
 
     def _fail(self, error: Exception, loop: VcpuLoop | None) -> None:
         if not isinstance(error, GuestfaultError):
