@@ -87,7 +87,8 @@ def test_the_report_has_all_that_was_asked_for(taken: Snapshot) -> None:
     done = run("--kvm", "soft", taken.path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert lines["KVM"] == "softkvm (seed), mode exit, absent pages: unpopulated"
+    kept_out = r"(userfaultfd, failing|protected)"  # by what the machine has
+    assert re.fullmatch(rf"softkvm \(seed\), mode exit, absent pages: {kept_out}", lines["KVM"])
     assert lines["guest"] == "random walk, long-cpl3, 1 MiB, 2 vCPUs"
     assert re.fullmatch(r"[\d.]+ ms", lines["first instruction"])
     assert lines["pages in"] == "256 of 256"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 from tests.softkvm.modelled_mm import at
 
-from guestfault.fault.outcome import BareFault, InternalError, Io
+from guestfault.fault.outcome import BareFault
 from guestfault.softkvm.emulated_access import emulator_write_phys
 from guestfault.softkvm.guest_mmu import tlb_fill
 from guestfault.softkvm.kvm_host import vcpu_load, vcpu_put
@@ -194,6 +194,25 @@ def test_an_entry_that_changes_before_its_table_is_shadowed(shadow):
     assert found[0] == DATA + 0x1000
 
 
+def test_a_table_that_another_vcpu_shadows_after_it_was_read(shadow):
+    """It has a page by the time of the lock, and had none when it was read and then written."""
+    machine = shadow()
+    map_far(machine)
+    vcpu, other = machine.vcpu.arch, machine.add_vcpu(1).arch
+    miss(machine, DATA)
+
+    def meanwhile():
+        machine.write(TABLE, struct.pack("<Q", DATA + 0x1000 | 7))
+        vcpu_load(other)
+        other.load_sregs()
+        assert tlb_fill(other, FAR, Access.READ)[0] == DATA + 0x1000
+        vcpu_load(vcpu)
+
+    with at(LOCK, meanwhile):
+        assert isinstance(miss(machine, FAR), Retry)
+    assert miss(machine, FAR)[0] == DATA + 0x1000
+
+
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_an_entry_that_changes_while_its_table_is_shadowed(shadow, level):
     """At any level: the write is emulated, and drops what the walk was made for."""
@@ -372,31 +391,3 @@ def test_a_32_bit_table_that_is_written(shadow):
     assert miss(machine, DATA)[0] == DATA + 0x5000
     assert emulator_write_phys(vcpu, 0x2_0000, bytes(4))  # 4 MiB: two entries of the directory's
     assert isinstance(miss(machine, DATA), GuestException)
-
-
-def test_pdptrs_are_read_when_cr3_is_loaded_and_not_before(shadow):
-    machine = protected(shadow, PagingMode.PAE, "8b07 0f22d8 8b07" + END, rdi=DATA, rax=0x2_0000)
-    assert miss(machine, DATA)[0] == DATA
-    machine.write(0x2_0000, bytes(8))  # by userspace
-    assert miss(machine, DATA + 0x1000)[0] == DATA + 0x1000
-    [(what, why)] = machine.trace()  # MOV to CR3 reads them; the next fetch faults
-    assert what == "stop"
-    assert isinstance(why, InternalError)
-    assert "exception 14" in machine.vcpu.arch.last_error
-
-
-def test_pdptrs_that_cannot_be_read_are_a_general_protection_fault(shadow):
-    machine = protected(shadow, PagingMode.PAE, "0f22d8" + END, rax=0x3000_0000)
-    assert isinstance(machine.run(), InternalError)  # 32-bit delivery is not there
-    assert "exception 13" in machine.vcpu.arch.last_error
-    assert machine.vcpu.get_sregs().cr3 == 0x2_0000
-
-
-def test_invlpg_forgets_what_userspace_has_changed(shadow):
-    machine = shadow(READ + "ee 0f013f 488b1f" + END, "long-cpl0", rdi=DATA, rdx=0x80)
-    machine.write(DATA, b"old page")
-    machine.write(DATA + 0x1000, b"new page")
-    assert isinstance(machine.run(), Io)
-    machine.write(machine.entry_at(DATA), struct.pack("<Q", DATA + 0x1000 | 0x63))
-    assert machine.trace() == []
-    assert struct.pack("<Q", machine.regs.rbx) == b"new page"

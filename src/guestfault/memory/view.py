@@ -5,14 +5,15 @@ Which one serves depends on who must notice the absence and what the machine all
 ==============  =========================================  =======================================
 view            a page is absent when                      needs
 ==============  =========================================  =======================================
-Unpopulated     it is not in our page tables               a KVM whose slots can exit on a missing
-                                                           page; no privileges
+Unpopulated     it is not in our page tables               that KVM never copies by itself, and
+                                                           exits on a missing page
 Registered      userfaultfd has not let it in              userfaultfd; to sleep in the page rather
                                                            than fail, one that handles kernel faults
 Protected       it is PROT_NONE                            nothing, but a VMA for every hole
 ==============  =========================================  =======================================
 
-An ordinary slot cannot have an Unpopulated view: KVM's slow GUP would fill its holes with zeros.
+The holes of an Unpopulated view are zeros to whoever does not look whether they are there: KVM's
+slow GUP in an ordinary slot, and its instruction emulator in any.
 A fourth, a bitmap that KVM looks at, lies over one of these: :mod:`guestfault.memory.userfault`.
 
 A view has two states besides.  :meth:`GuestView.shut` makes every page inaccessible at once and

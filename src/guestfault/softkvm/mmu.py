@@ -197,7 +197,7 @@ def page_fault_handle_page_track(vcpu: KvmVcpu, fault: KvmPageFault) -> bool:
 
 def is_page_fault_stale(vcpu: KvmVcpu, fault: KvmPageFault) -> bool:
     """Whether what the fault found may have been taken away since.  ``mmu_lock`` is held."""
-    if vcpu.mmu is not None and (vcpu.mmu.is_obsolete() or vcpu.kvm.second_stage.is_flushing()):
+    if vcpu.mmu is not None and vcpu.mmu.is_obsolete():
         return True
     if fault.slot is None:
         return False

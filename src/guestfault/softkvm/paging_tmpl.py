@@ -11,8 +11,8 @@ that anybody could answer.  With NPT or EPT the processor walks, an absent table
 fault like any other, and comes out as one.
 
 What the walk has found must still hold when the entry is made from it, and the guest may write to
-its tables at any time.  But a table that has a shadow page is write-protected: so the walk counts if
-all of its tables had one while it read them, and nothing was written (:func:`gpte_changed`).
+its tables at any time.  But a table that has a shadow page is write-protected.  So the walk counts
+if all its tables had one while it read them, and nothing was written (:func:`gpte_changed`).
 
 The processor never sees the guest's tables, so that accessed and dirty flags are KVM's to set.
 """

@@ -171,10 +171,6 @@ class SecondStage:
             flush = True
         return flush
 
-    def is_flushing(self) -> bool:
-        """Whether a guest may still write to one of its tables that was just write-protected."""
-        return self.shadow is not None and self.shadow.flushing > 0
-
     def cmpxchg(self, gfn: int, old: int, new: int) -> bool:
         """Exchange an entry if it is still ``old``, as one step.
 

@@ -43,7 +43,7 @@ def choose(kvm: str, dialect: str | None, npt: bool | None = None) -> Choice:
         if npt is not None:
             raise Unavailable(
                 f"--npt {npt:d}",
-                "/dev/kvm has it from when its module was loaded (npt of kvm_amd, ept of kvm_intel)",
+                "/dev/kvm has it from its module's parameter (npt of kvm_amd, ept of kvm_intel)",
                 "leave it out, or use --kvm soft",
             )
         return _real(spoken)

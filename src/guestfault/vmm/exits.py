@@ -3,12 +3,16 @@
 The dialects differ in what userspace must do before the first fault.  Some want to be asked for
 annotations at all (``KVM_ENABLE_CAP``).  To fail rather than wait for a page is asked for with a
 switch for the whole VM, with a flag of each slot, or with a bitmap for each slot; a released kernel
-knows none of these, and then the page must be absent in a way that makes every access to it fail.
+knows none of these.
+
+In each of them the pages are also absent in a way that makes every access to them fail: KVM's own
+copies (``kvm_vcpu_read_guest_page``, by its instruction emulator) go by the switch, the flag and
+the bitmap unseen, and would fill a hole with zeros.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guestfault.dialect.record import Ask, Dialect, Enabling
 from guestfault.errors import Unavailable
@@ -16,7 +20,7 @@ from guestfault.guest.snapshot import Snapshot
 from guestfault.kvm.protocols import Vm
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.userfault import Userfault
-from guestfault.memory.view import GuestView, Protected, Registered, Unpopulated
+from guestfault.memory.view import GuestView, Protected, Registered
 
 __all__ = ["Absence", "ask_for_annotations", "ask_for_exits"]
 
@@ -25,12 +29,14 @@ __all__ = ["Absence", "ask_for_annotations", "ask_for_exits"]
 class Absence:
     """A view of the RAM with no page in, and what its slots must be given so that accesses fail.
 
-    ``registered`` says that userfaultfd keeps the pages out.
+    ``registered`` says that userfaultfd keeps the pages out, ``asked`` that KVM has been asked to
+    exit where one is missing.
     """
 
     view: GuestView
     slot_flags: int = 0
     registered: bool = False
+    asked: bool = False
 
     def bitmap_of(self, offset: int) -> int:
         """The bitmap for the slot that shows the RAM from ``offset`` on; 0 if it needs none."""
@@ -56,20 +62,20 @@ def ask_for_exits(vm: Vm, dialect: Dialect | None, ram: GuestRam, snapshot: Snap
 
     Raises :class:`~guestfault.errors.KvmError` if the KVM refuses what it announces.
     """
-    match dialect and dialect.missing and dialect.missing.ask:
+    below = _failing(ram)
+    ask = dialect.missing.ask if dialect is not None and dialect.missing is not None else None
+    if dialect is None or ask is None:
+        return below
+    match ask:
         case Ask.VM_SWITCH:
             vm.set_mem_fault_nowait(True)
-            return Absence(Unpopulated(ram))
+            return replace(below, asked=True)
         case Ask.SLOT_FLAG:
-            assert dialect is not None
-            return Absence(Unpopulated(ram), dialect.slot_flag)
+            return replace(below, slot_flags=dialect.slot_flag, asked=True)
         case Ask.BITMAP:
-            assert dialect is not None
-            below = _failing(ram)
             ranges = [(slot.offset, slot.memory_size) for slot in snapshot.slots]
             view = Userfault(ram, below.view, ranges)
-            return Absence(view, dialect.userfault_flag, below.registered)
-    return _failing(ram)
+            return Absence(view, dialect.userfault_flag, below.registered, asked=True)
 
 
 def _failing(ram: GuestRam) -> Absence:

@@ -30,13 +30,19 @@ from guestfault.kvm.protocols import System, Vcpu, Vm
 from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
-from guestfault.memory.view import Registered, Unpopulated
+from guestfault.memory.view import Registered
 from guestfault.paging.handler import UserfaultHandler
 from guestfault.paging.pager import Pager
 from guestfault.paging.resolver import FaultResolver
-from guestfault.paging.source.base import PageSource
+from guestfault.paging.source.base import (
+    PageSource,
+    SourceInterruptedError,
+    interrupt,
+    resume,
+)
 from guestfault.uapi import kvm as uapi
 from guestfault.vmm.arming import TracepointArming
+from guestfault.vmm.compiled import Compiled, Loop
 from guestfault.vmm.eager import bring_in_eagerly
 from guestfault.vmm.exits import Absence, ask_for_annotations, ask_for_exits
 from guestfault.vmm.vcpu_loop import VcpuLoop
@@ -57,7 +63,8 @@ class Session:
     """One VM of ``snapshot`` on ``system``, its pages brought in from ``source``.
 
     The session takes the source's bytes to be the snapshot's memory and leaves both, and the
-    system, to be closed by the caller.  With ``locate`` a bare failure is named by the locators;
+    system, to be closed by the caller; to stop, it interrupts the source, which must not serve
+    another session at the same time.  With ``locate`` a bare failure is named by the locators;
     without it the kernel's word is all there is, and a bare failure stops the session.
 
     ``dialect`` is the version of the interface to speak with the KVM: to enable, and to decode by.
@@ -77,11 +84,13 @@ class Session:
         *,
         dialect: Dialect | None = None,
         locate: bool = True,
+        loop: Loop = Loop.AUTO,
     ) -> None:
         self.began = time.monotonic()
         self.system = system
         self.snapshot = snapshot
         self.mode = mode
+        self._source = source
         self._undo: list[Callable[[], None]] = []
         self._stopping = False
         self._threads: dict[VcpuLoop, threading.Thread] = {}
@@ -91,12 +100,14 @@ class Session:
         self._unserved: PageFault | None = None  # the one that the handler's source failed at
         self.failed_vcpu: VcpuLoop | None = None  # the one that the failure stopped, if known
         try:
-            self._build(source, dialect, locate)
+            self._build(source, dialect, locate, loop)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, source: PageSource, dialect: Dialect | None, locate: bool) -> None:
+    def _build(
+        self, source: PageSource, dialect: Dialect | None, locate: bool, loop: Loop
+    ) -> None:
         self.ram = GuestRam(self.snapshot.memory_size)
         self._undo.append(self.ram.close)
         self._require_vcpus(len(self.snapshot.vcpus))
@@ -137,18 +148,29 @@ class Session:
             vcpu = vm.create_vcpu(vcpu_id)
             vcpu.set_sregs(state.sregs)
             vcpu.set_regs(state.regs)
-            self.vcpus.append(self._loop(vcpu, locate and self.mode is Mode.EXIT))
+            self.vcpus.append(self._loop(vcpu, locate and self.mode is Mode.EXIT, loop))
         self.eager_pages = 0
         # With two-dimensional paging, a KVM that exits on a missing page does so on a page table.
-        if not isinstance(self.view, Unpopulated) or not self.system.tdp_enabled:
+        if not (self._absence.asked and self.system.tdp_enabled):
             self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
 
-    def _loop(self, vcpu: Vcpu, locate: bool) -> VcpuLoop:
+    def _loop(self, vcpu: Vcpu, locate: bool, loop: Loop) -> VcpuLoop:
         resolver = FaultResolver(vcpu, self.pager, self.slots)
-        locators = arming = None
+        locators = arming = compiled = None
         if locate:
             locators = Locators(vcpu, self.slots, self._decode_locator())
             arming = TracepointArming(self.system, vcpu, self.slots, locators)
+            compiled = Compiled(
+                loop,
+                self.system,
+                vcpu,
+                self.interface,
+                self.slots,
+                resolver,
+                partial(getattr, arming, "armed"),
+                annotates=self.dialect is not None and self.dialect.missing is not None,
+            )
+            self.why_plain = compiled.why_not
         return VcpuLoop(
             vcpu,
             self.interface,
@@ -157,6 +179,7 @@ class Session:
             lambda: self._stopping,
             locators,
             arming,
+            compiled,
         )
 
     def _decode_locator(self) -> DecodeLocator:
@@ -185,10 +208,12 @@ class Session:
         """Run every vCPU until all are done or the session has stopped; whether all are done.
 
         ``watch`` is called on this thread every ``interval`` seconds meanwhile.  An exception on
-        this thread, Ctrl-C included, stops the session before it goes on its way.  It takes as long
-        as a source that is being read takes to answer.
+        this thread, Ctrl-C included, stops the session before it goes on its way.  Stopping takes
+        as long as a source that is being read takes to answer, unless it can be interrupted
+        (:class:`~guestfault.paging.source.base.Interruptible`).
         """
         self._stopping = False
+        resume(self._source)
         self.failure = self.failed_vcpu = self._defect = self._unserved = None
         if self.handler is not None:
             self.handler.start()
@@ -218,6 +243,7 @@ class Session:
     def stop(self) -> None:
         """From any thread: make every vCPU stop, wherever it is.  :meth:`run` returns then."""
         self._stopping = True
+        interrupt(self._source)
         for loop in self.vcpus:
             loop.vcpu.kick()
 
@@ -269,7 +295,8 @@ class Session:
         if fault.thread_id is not None:
             self._ran_on |= {thread.native_id: lp for lp, thread in self._threads.items()}
             loop = self._ran_on.get(fault.thread_id)
-        self._unserved = fault
+        if not self._is_effect_of_stop(error):
+            self._unserved = fault
         self._fail(error, loop)
 
     def _who_stands_at(self, fault: PageFault) -> VcpuLoop | None:
@@ -287,11 +314,16 @@ class Session:
         return None
 
     def _fail(self, error: Exception, loop: VcpuLoop | None) -> None:
+        if self._is_effect_of_stop(error):
+            return
         if not isinstance(error, GuestfaultError):
             self._defect = error
         elif self.failure is None:
             self.failure, self.failed_vcpu = error, loop
         self.stop()
+
+    def _is_effect_of_stop(self, error: Exception) -> bool:
+        return self._stopping and isinstance(error, SourceInterruptedError)
 
     def close(self) -> None:
         """Release the VM and its memory.  Not while :meth:`run` is under way."""
