@@ -96,8 +96,7 @@ def main() -> int:
             measure("nothing armed", lambda: None)
             with RunTrace(tracefs) as trace:
                 measure("reading the records", trace.faults)
-                # The ring of a trace; a benchmark may look inside.
-                measure("the last record alone", trace._ring.latest)
+                measure("the last record alone", trace.ring.latest)
             with TracepointLocator(system, tracefs=tracefs) as locator:
                 measure("locate()", locator.locate)
             with TracepointLocator(system, translate=gpa_from(vcpu), tracefs=tracefs) as locator:

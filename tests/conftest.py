@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ from guestfault.linux.tracefs import Tracefs
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+SERVERS = Path(__file__).parent / "servers"
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +82,63 @@ def _in_child(function: Callable[[], Any]) -> Any:
     kind, value = pickle.loads(pickled)
     assert kind == "result", value
     return value
+
+
+class Server:
+    """One of ``tests/servers``, in a process of its own: told how to behave, killed, restarted."""
+
+    def __init__(self, kind: str, path: Path, *more: Path) -> None:
+        self._program = SERVERS / f"{kind.removesuffix('s')}_server.py"
+        self._arguments = [path, *more]
+        self.port = 0
+        self.start()
+        self.url = f"{kind}://127.0.0.1:{self.port}/guest"
+
+    def start(self) -> None:
+        """Start it, on the port that it had."""
+        self._process = subprocess.Popen(
+            [sys.executable, self._program, str(self.port), *self._arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+
+    def be(self, how: str) -> None:
+        """Behave so from now on; ``good`` is how it begins."""
+        assert self._ask(f"be {how}") == "ok"
+
+    def stats(self) -> dict[str, int]:
+        """How many ``connections`` and ``requests`` it had, and the ``most`` of them at a time."""
+        found: dict[str, int] = json.loads(self._ask("stats"))
+        return found
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        return self._process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        """SIGKILL; its connections end with it."""
+        with self._process as process:
+            process.kill()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """``serve("http" | "nbd", path)``: a server of that file, killed when the test ends.
+
+    ``serve("https", path, pem)`` is one with a key and its certificate.
+    """
+    servers: list[Server] = []
+
+    def start(kind: str, path: Path, *more: Path) -> Server:
+        servers.append(Server(kind, path, *more))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()

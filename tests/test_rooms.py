@@ -36,6 +36,8 @@ ROOMS = (
     "scale",
     "explain",
     "check",
+    "conform",
+    "bench",
     "lab",
     "cli",
 )

@@ -196,7 +196,7 @@ def test_a_released_kernel_has_given_the_first_number_away(taken: Snapshot) -> N
         (["--memory", "1M", "--vcpus", "300"], "251 of 256 pages are left for data"),
         (["--dialect", "v99"], "dialect 'v99': not known; known are v1, wip-v2, seed, v3"),
         (["/nowhere"], "snapshot /nowhere: there is no such directory"),
-        (["/dev/null"], "snapshot /dev/null: it is not a directory"),
+        (["/dev/null"], "snapshot /dev/null: it is not a packed snapshot or a directory"),
         (["/dev"], "snapshot /dev: it has no manifest.json, so it is not a snapshot"),
         (["--save", "/dev", "--memory", "64K"], "it exists and is not a snapshot"),
         (["--save", "/nowhere/x", "--memory", "64K"], "the directory to hold it does not exist"),

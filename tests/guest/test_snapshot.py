@@ -262,13 +262,15 @@ def test_save_refuses_what_it_could_not_load(path, memory, states, slots, what):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("step", ["_write_memory", "_write", "_move_into_place"])
+@pytest.mark.parametrize(
+    "step", ["snapshot._write_memory", "snapshot._write", "replace._move_into_place"]
+)
 def test_an_interrupted_save_leaves_the_old_snapshot(path, monkeypatch, step):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     before = contents(path)
-    monkeypatch.setattr(module, step, interrupted)
+    monkeypatch.setattr(f"guestfault.guest.{step}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(path, bytes(PAGE_SIZE), STATES)
     assert contents(path) == before

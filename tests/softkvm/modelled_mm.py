@@ -107,6 +107,7 @@ class FaultPath:
         self.vm = SoftVm(dialect, self.mm)
         self.slot(flags, bitmap=bitmap)
         self.vcpu = self.vm.create_vcpu(0).arch
+        self.vcpu.emulating = False  # its faults are the guest's
         self.kvm, self.stage = self.vm.kvm, self.vm.kvm.second_stage
         vcpu_load(self.vcpu)
 

@@ -47,7 +47,7 @@ def test_close_ends_the_idle_and_leaves_the_sleepers(queue, until, resources):
     queue.schedule_work(lambda: dropped.append(1))
     assert not dropped
     page.set()
-    until(lambda: resources()["threads"] == before)
+    until(lambda: resources()["threads"] <= before)  # an idle one of before may have ended
 
 
 @pytest.mark.timeout(20)

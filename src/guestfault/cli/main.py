@@ -48,6 +48,11 @@ COMMANDS: tuple[Command, ...] = (
         "start a guest with none of its memory present, and bring it in",
         "guestfault.cli.run",
     ),
+    Command(
+        "snapshot",
+        "make one compressed file of a snapshot, and a directory again",
+        "guestfault.cli.snapshot",
+    ),
     Command("check", "what this machine offers, and how to mend the rest", "guestfault.cli.check"),
     Command(
         "explain",
@@ -64,6 +69,12 @@ COMMANDS: tuple[Command, ...] = (
         "every order of events in the kernel half, and what each interface makes of it",
         "guestfault.cli.explore",
     ),
+    Command(
+        "conform",
+        "what each KVM does in each case, real kernels and the software KVM",
+        "guestfault.cli.conform",
+    ),
+    Command("bench", "what demand paging costs here, both ways", "guestfault.cli.bench"),
     Command("lab", "run a command on the /dev/kvm of a real kernel", "guestfault.cli.lab"),
 )
 

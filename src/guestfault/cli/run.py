@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 import tempfile
@@ -14,19 +13,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
+from guestfault.cli.arguments import UsageError, add_source_arguments, patience_of, size_of
 from guestfault.errors import GuestfaultError
 from guestfault.guest.layout import Mode as GuestMode
-from guestfault.guest.snapshot import Snapshot, build, load
+from guestfault.guest.packed import OpenSnapshot, open_snapshot
+from guestfault.guest.snapshot import build
 from guestfault.guest.walk import Walk
-from guestfault.paging.source.file import FileSource
+from guestfault.paging.source.base import PageSource, trouble
 from guestfault.vmm.choice import KVMS, choose
+from guestfault.vmm.compiled import PAYS_AFTER, Loop
 from guestfault.vmm.report import report
 from guestfault.vmm.session import Mode, Session
 from guestfault.vmm.text import as_text
 
 __all__ = ["add_arguments", "main"]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 DEFAULT_MEMORY = "64M"
 
 
@@ -36,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "snapshot",
         nargs="?",
         metavar="SNAPSHOT",
-        help="a directory that --save made; without it a built-in guest is made first",
+        help="a directory that --save made, a file that 'guestfault snapshot pack' made, or the "
+        "URL of such a file; without it a built-in guest is made first",
+    )
+    parser.add_argument(
+        "--memory-from",
+        metavar="WHERE",
+        help="read SNAPSHOT's memory from there instead: a path, http://, https://, nbd:// or "
+        "nbd+unix://, of raw memory or of a packed snapshot",
     )
     parser.add_argument(
         "--kvm", choices=KVMS, default="auto", help="the real /dev/kvm or the software one"
@@ -69,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who may name a failed access: all the locators (default), or the kernel alone, "
         "so that a bare -EFAULT ends the run as it does in other VMMs",
     )
+    parser.add_argument(
+        "--loop",
+        choices=[loop.value for loop in Loop],
+        default=Loop.AUTO.value,
+        help="who resolves failed accesses: plain Python, the compiled loop (which takes numba and "
+        "the real KVM), or auto: the compiled one where it can be had and pays (default)",
+    )
     made = parser.add_argument_group("the guest to make, where no SNAPSHOT is given")
     made.add_argument("--memory", metavar="SIZE", help=f"such as 64M (default {DEFAULT_MEMORY})")
     made.add_argument("--vcpus", type=int, metavar="N", help="default 1")
@@ -78,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--seed", type=int, metavar="N", help="of its memory's content")
     made.add_argument("--save", metavar="DIR", help="keep the snapshot there")
+    add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the report as JSON")
 
 
@@ -88,27 +104,28 @@ def main(args: argparse.Namespace) -> int:
         npt = None if args.npt is None else args.npt == 1
         choice = choose(args.kvm, args.dialect, npt)
         stack.callback(choice.system.close)
-        snapshot = stack.enter_context(_snapshot(args))
+        opened = stack.enter_context(_snapshot(args))
         if args.verify:
-            snapshot.verify_memory()
+            opened.snapshot.verify_memory(opened.source)
         if choice.why:
             print(f"guestfault: using {choice.system.name}: {choice.why}", file=sys.stderr)
-        source = FileSource(snapshot.open_memory())
-        stack.callback(source.close)
         session = stack.enter_context(
             Session(
                 choice.system,
-                snapshot,
-                source,
+                opened.snapshot,
+                opened.source,
                 mode,
                 dialect=choice.dialect,
                 locate=args.locate == "all",
+                loop=Loop(args.loop),
             )
         )
-        watch = stack.enter_context(_Watch(session))
+        watch = stack.enter_context(_Watch(session, opened.source))
         session.run(watch)
         result = report(session, time.monotonic() - session.began)
         _transient("")
+        if session.why_plain is not None and any(v.bare >= PAYS_AFTER for v in result.vcpus):
+            print(f"guestfault: by the plain loop: {session.why_plain}", file=sys.stderr)
         print(json.dumps(result.as_json(), indent=2) if args.json else as_text(result))
         if watch.interrupted:
             raise KeyboardInterrupt
@@ -125,20 +142,24 @@ class RunFailedError(GuestfaultError):
 
 
 @contextmanager
-def _snapshot(args: argparse.Namespace) -> Iterator[Snapshot]:
+def _snapshot(args: argparse.Namespace) -> Iterator[OpenSnapshot]:
     made = ("memory", "vcpus", "walk", "guest", "seed", "save")
     if args.snapshot is not None:
         for name in made:
             if getattr(args, name) is not None:
                 raise UsageError(f"--{name} is for a guest to be made; SNAPSHOT has its own")
-        yield load(args.snapshot)
+        wait = patience_of(args)
+        with open_snapshot(args.snapshot, args.memory_from, args.source_timeout, wait) as opened:
+            yield opened
         return
-    size = _memory_size(args.memory or DEFAULT_MEMORY)
+    if args.memory_from is not None:
+        raise UsageError("--memory-from is for the memory of a SNAPSHOT, and none is given")
+    size = size_of("--memory", args.memory or DEFAULT_MEMORY)
     with tempfile.TemporaryDirectory(prefix="guestfault-") as scratch:
         path = Path(args.save) if args.save else Path(scratch) / "guest"
         _transient("making a guest")
         try:
-            snapshot = build(
+            build(
                 path,
                 size,
                 GuestMode(args.guest or GuestMode.LONG_CPL3),
@@ -148,18 +169,8 @@ def _snapshot(args: argparse.Namespace) -> Iterator[Snapshot]:
             )
         finally:
             _transient("")
-        yield snapshot
-
-
-class UsageError(GuestfaultError):
-    """The command line asks for something that cannot be."""
-
-
-def _memory_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"--memory {text}: not a size; write one such as 64M or 1G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+        with open_snapshot(path) as opened:
+            yield opened
 
 
 class _Watch:
@@ -169,15 +180,27 @@ class _Watch:
     however often it comes, and the report is still made.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, source: PageSource) -> None:
         self._session = session
+        self._source = source
+        self._waiting = False
         self.interrupted = False
 
     def __call__(self) -> None:
         if self.interrupted:
             self._session.stop()
+        self._tell_of_the_source()
         done, pages = self._session.pager.pages_in, self._session.ram.pages
         _transient(f"{done} of {pages} pages in ({100 * done // pages} %)")
+
+    def _tell_of_the_source(self) -> None:
+        """Once when it is waited for, and once when it is back."""
+        why = trouble(self._source)
+        if self._waiting != (why is not None):
+            self._waiting = not self._waiting
+            _transient("")
+            says = "the source is back" if why is None else f"waiting for the source: {why.why}"
+            print(f"guestfault: {says}", file=sys.stderr, flush=True)
 
     def _note(self, _signal: int, _frame: object) -> None:
         self.interrupted = True

@@ -60,6 +60,9 @@ __all__ = ["Explorer", "Scheduler", "annotate", "choose", "current_actor", "reco
 class Explorer(Protocol):
     """Who is told of each decision beyond a schedule's last deviation, and may end the run."""
 
+    def at_point(self, scheduler: Scheduler, actor: Actor) -> bool:
+        """The actor will go on; all who live could as well.  Whether to cut here."""
+
     def at_switch(
         self,
         scheduler: Scheduler,
@@ -122,7 +125,7 @@ class Scheduler:
 
     def _reset(self, deviations: Sequence[Deviation]) -> None:
         self._actors: list[Actor] = []
-        self._live: list[Actor] = []
+        self.live: list[Actor] = []  # by index
         self._waiting = 0
         self._current: Actor | None = None
         self._cells: dict[Hashable, list[int]] = {}
@@ -142,9 +145,9 @@ class Scheduler:
 
     def _next_deviation(self) -> None:
         self._deviation_at, self._deviation = next(self._deviations, (-1, 0))
-        # Until then, and while nobody waits, the policy lets the actor go on that runs.
-        quiet = self._deviation_at if self.record is None else 0
-        self._quiet_until = min(quiet, self._watch_after)
+        # Until then, and while nobody waits, whoever comes to a point goes on.
+        calm = self._watch_after if self._deviation_at < 0 else self._deviation_at
+        self._calm_until = min(calm, self._watch_after) if self.record is None else 0
 
     # -- what the hub does -------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class Scheduler:
         try:
             with scheduled_by(self):
                 last: Actor | None = None
-                while self._end is None and self._live:
+                while self._end is None and self.live:
                     chosen = self._pick(last, False)
                     if chosen is not None:
                         self._current = chosen
@@ -193,12 +196,12 @@ class Scheduler:
         self._unwinding = True
         self._current = None
         self._hub = getcurrent()
-        if self._live:
+        if self.live:
             with scheduled_by(self):
-                while self._live:
-                    actor = self._live[-1]
+                while self.live:
+                    actor = self.live[-1]
                     if actor.carrier is None:
-                        self._live.pop()
+                        self.live.pop()
                     else:
                         actor.carrier.throw(_Abandoned)
         self.failure = None
@@ -206,7 +209,7 @@ class Scheduler:
 
     def gone(self, actor: Actor) -> None:
         """The actor has ended."""
-        self._live.remove(actor)
+        self.live.remove(actor)
         if actor.until is not None:
             self._waiting -= 1
         actor.carrier = None
@@ -229,7 +232,7 @@ class Scheduler:
     def _add(self, name: str, function: Callable[[], None], uid: int) -> None:
         actor = Actor(len(self._actors), name, function, uid)
         self._actors.append(actor)
-        self._live.append(actor)
+        self.live.append(actor)
         self.state += uid * uid
 
     # -- what actors say ---------------------------------------------------------------------------
@@ -239,8 +242,16 @@ class Scheduler:
         me = self._current
         if me is None:
             return  # unwinding
-        if self.step < self._quiet_until and not self._waiting:
-            self.step += 1
+        step = self.step
+        if step < self._calm_until and not self._waiting:
+            if (
+                step > self._last_deviation
+                and self._explorer is not None
+                and self._explorer.at_point(self, me)
+            ):
+                self._end = End.CUT
+                self._go(None)
+            self.step = step + 1
             before = me.hash
             if shared is None:
                 me.hash = after = hash((before, name))
@@ -342,17 +353,17 @@ class Scheduler:
         if self._waiting:
             others = [
                 actor
-                for actor in self._live
+                for actor in self.live
                 if actor is not last and (actor.until is None or actor.context.run(actor.until))
             ]
         else:
-            others = [actor for actor in self._live if actor is not last]
+            others = [actor for actor in self.live if actor is not last]
         if not can and not others:
-            self._stop(deadlock(self._live))
+            self._stop(deadlock(self.live))
             return None
         if step >= self._watch_after:
             self._watch = self._watch or Watch(self._limits, self._world)
-            left_out = self._watch.left_out(step, last, others, self._live)
+            left_out = self._watch.left_out(step, last, others, self.live)
             if isinstance(left_out, str):
                 self._stop(left_out)
                 return None
@@ -422,7 +433,7 @@ class Scheduler:
         ``enabled`` are those who could have gone on instead, where that counts as passed over.
         """
         total = 0
-        for actor in self._live:
+        for actor in self.live:
             passed = 0 if actor is chosen else actor.passed + (actor in enabled)
             if passed:
                 one = hash((actor.uid, passed))

@@ -188,6 +188,7 @@ class ScriptedCpu:
         self._vcpu_id = vcpu_id
         self._in_vain = in_vain
         self._vain = 0
+        self._touched = False  # memory, since the instruction began
         self._requests = "requests", vcpu_id
         self._tlb: dict[int, tuple[int, int]] = {}
         self._ram: list[tuple[int, int, int]] = []  # gpa, size, hva
@@ -208,7 +209,7 @@ class ScriptedCpu:
             stop = self.step()
             if stop is not STEPPED:
                 return stop
-            preemption_point("guest: between two instructions", self._requests)
+            preemption_point("guest: between two instructions", self._requests, True)
             if self._stop:
                 return REQUESTED
 
@@ -221,6 +222,7 @@ class ScriptedCpu:
         if insn.stop is not None:
             return insn.stop
         values: list[bytes] = []
+        self._touched = False
         for operand in insn.operands:
             value = self._access(operand, values)
             if value is None:
@@ -286,6 +288,8 @@ class ScriptedCpu:
         if entry is None or not entry[1] & _RIGHTS[kind]:
             self.asked = Asked(gva, size, kind is _WRITE)
             self._mm.last_failure.pop(self._vcpu_id, None)
+            if self._touched:  # else the point before the instruction is the last one
+                preemption_point("guest: another TLB miss", self._requests, True)
             entry = self._tlb_fill(gva, kind)
             if entry is None:
                 self._vain += 1
@@ -302,6 +306,7 @@ class ScriptedCpu:
             self.violations.append(f"the guest accesses {physical:#x}, where no memory is")
             return bytes(size)
         preemption_point("guest: access", page.key, data is not None)
+        self._touched = True
         if not page.is_mapped_for(data is not None):
             what = "writes" if data is not None else "reads"
             self.violations.append(f"the guest {what} {physical:#x}, which the host has taken away")

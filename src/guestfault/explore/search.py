@@ -30,11 +30,11 @@ import gc
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from guestfault.dialect.record import Dialect
-from guestfault.explore.scenario import Kind, Scenario, Verdict
+from guestfault.explore.scenario import Scenario
 from guestfault.explore.schedule import (
     DEFAULT_LIMITS,
     Actor,
@@ -46,13 +46,12 @@ from guestfault.explore.schedule import (
     next_in_turn,
 )
 from guestfault.explore.scheduler import Scheduler
+from guestfault.explore.tally import Example, Tally
 
-__all__ = ["Bound", "Example", "Part", "Search", "Tally", "explore", "explore_part"]
+__all__ = ["Bound", "Part", "PartResult", "Search", "explore", "explore_part"]
 
 PART_SIZE = 400
 """Schedules that a part begins with; a level with no more than this is not cut."""
-
-_SEVERITY = {kind: rank for rank, kind in enumerate(Kind)}
 
 _Link = tuple["_Link | None", int, int]
 """A schedule: the one it deviates from, where, and how."""
@@ -72,59 +71,6 @@ class Bound:
     schedules: int | None = None
     seconds: float | None = None
     limits: Limits = DEFAULT_LIMITS
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Example:
-    """A schedule that came to a verdict; the smallest has the fewest preemptions and steps."""
-
-    preemptions: int
-    steps: int
-    deviations: tuple[Deviation, ...]
-    text: str
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was tried, and what it came to."""
-
-    completed: int = 0  # schedules run to their end
-    cut: int = 0  # run until they came to a known state
-    skipped: int = 0  # not run, for their next step leads to a known state
-    steps: int = 0  # taken, those of re-execution too
-    counts: dict[Kind, int] = field(default_factory=dict)
-    examples: dict[Kind, Example] = field(default_factory=dict)
-
-    @property
-    def schedules(self) -> int:
-        """Those that were run."""
-        return self.completed + self.cut
-
-    @property
-    def worst(self) -> Kind | None:
-        """The worst that was found."""
-        return max(self.counts, key=_SEVERITY.__getitem__, default=None)
-
-    def note(self, verdict: Verdict, example: Example) -> None:
-        """Count a verdict; keep the example if there is no smaller one."""
-        kind = verdict.kind
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        known = self.examples.get(kind)
-        if known is None or example < known:
-            self.examples[kind] = example
-
-    def add(self, other: Tally) -> None:
-        """Add what another part of the search has found."""
-        self.completed += other.completed
-        self.cut += other.cut
-        self.skipped += other.skipped
-        self.steps += other.steps
-        for kind, count in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-        for kind, example in other.examples.items():
-            known = self.examples.get(kind)
-            if known is None or example < known:
-                self.examples[kind] = example
 
 
 @dataclass(slots=True)
@@ -172,6 +118,9 @@ class Search:
         self.bound = bound
         self.tally = Tally()
         self.states: set[int] = set()
+        """The keys of the decisions explored so far; forgotten in the end."""
+        self.explored = 0
+        """How many there are."""
         self.exhausted = -1
         """All schedules with up to so many preemptions were explored."""
         self.beyond = False
@@ -220,9 +169,12 @@ class Search:
             self._items, self._next = self._unique(self._next), []
         through = not self._items and self.stopped is None
         self.exhausted = bound.preemptions if through else self._level - 1
+        self.explored = len(self.states)
         limit = bound.schedules
         if self._items and limit is not None and self.tally.schedules >= limit:
             self.stopped = self.stopped or f"limit of {limit} schedules"
+        if self.done:
+            self.states, self._items, self._next = set(), [], []
 
     def _unique(self, items: list[_Item]) -> list[_Item]:
         """Those that no part has explored, each once: several may have been about to."""
@@ -359,6 +311,22 @@ class _Walk:
 
     # -- what the scheduler tells ------------------------------------------------------------------
 
+    def at_point(self, scheduler: Scheduler, actor: Actor) -> bool:
+        """See :class:`guestfault.explore.scheduler.Explorer`."""
+        if self._hashing:
+            key = hash((scheduler.state, actor.uid, scheduler.fairness))
+            new = self._states
+            if key in new or key in self._known:
+                return True
+            new.add(key)
+        if len(scheduler.live) > 1:
+            if self._at_bound:
+                self._beyond = True
+            else:
+                others = [other for other in scheduler.live if other is not actor]
+                self._branch(scheduler, others, (), self._next)
+        return False
+
     def at_switch(
         self,
         scheduler: Scheduler,
@@ -377,34 +345,46 @@ class _Walk:
             key = hash((state, last.uid, fairness, "forced"))
         else:
             key = hash((state, fairness))
-        new, known = self._states, self._known
         if self._hashing:
-            if key in new or key in known:
+            if key in self._states or key in self._known:
                 return True
-            new.add(key)
+            self._states.add(key)
         if len(others) < len(enabled):
             self._beyond = True
         if free:
-            default, items = next_in_turn(last, others), self._stack
+            default = next_in_turn(last, others)
+            rest = [actor for actor in others if actor is not default]
+            self._branch(scheduler, rest, enabled, self._stack)
         elif self._at_bound:
             self._beyond = self._beyond or bool(others)
-            return False
         else:
-            default, items = None, self._next
-        link, step = self._link, scheduler.step
-        for actor in others:
-            if actor is not default:
-                after, before = scheduler.after_step(actor), actor.hash
-                then = state + after * after - before * before
-                fairness = scheduler.fairness_after(actor, enabled if free else ())
-                key, key_if_free = hash((then, actor.uid, fairness)), hash((then, fairness))
-                if self._hashing and (
-                    key in new or key in known or key_if_free in new or key_if_free in known
-                ):
-                    self._tally.skipped += 1
-                else:
-                    items.append((key, key_if_free, (link, step, actor.index)))
+            self._branch(scheduler, others, (), self._next)
         return False
+
+    def _branch(
+        self,
+        scheduler: Scheduler,
+        actors: Sequence[Actor],
+        passed: Sequence[Actor],
+        items: list[_Item],
+    ) -> None:
+        """Put the schedules where one of ``actors`` goes on here among ``items``.
+
+        ``passed`` are those who are passed over if another goes on.
+        """
+        state, link, step = scheduler.state, self._link, scheduler.step
+        new, known = self._states, self._known
+        for actor in actors:
+            after, before = scheduler.after_step(actor), actor.hash
+            then = state + after * after - before * before
+            fairness = scheduler.fairness_after(actor, passed)
+            key, key_if_free = hash((then, actor.uid, fairness)), hash((then, fairness))
+            if self._hashing and (
+                key in new or key in known or key_if_free in new or key_if_free in known
+            ):
+                self._tally.skipped += 1
+            else:
+                items.append((key, key_if_free, (link, step, actor.index)))
 
     def at_choice(self, scheduler: Scheduler, actor: Actor, count: int) -> bool:
         """See :class:`guestfault.explore.scheduler.Explorer`."""
@@ -429,8 +409,3 @@ def _deviations(link: _Link | None) -> tuple[Deviation, ...]:
         link, step, value = link
         found.append((step, value))
     return tuple(reversed(found))
-
-
-def worst_first(kinds: Iterable[Kind]) -> list[Kind]:
-    """In the order of how bad they are."""
-    return sorted(kinds, key=_SEVERITY.__getitem__, reverse=True)

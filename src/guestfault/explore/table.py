@@ -15,7 +15,8 @@ from typing import Any
 
 from guestfault.explore.replay import record, replay_string
 from guestfault.explore.scenario import Kind, Scenario
-from guestfault.explore.search import Search, worst_first
+from guestfault.explore.search import Search
+from guestfault.explore.tally import worst_first
 
 __all__ = ["Cell", "Shortest", "Table", "as_json", "as_text", "cell_of", "not_asked"]
 
@@ -135,7 +136,7 @@ def cell_of(search: Search) -> Cell:
         tally.cut,
         tally.skipped,
         tally.steps,
-        len(search.states),
+        search.explored,
         search.bound.preemptions,
         search.exhausted,
         search.beyond,
@@ -210,10 +211,12 @@ def _glance(table: Table, width: int) -> Iterator[str]:
         for scenario in table.scenarios:
             cells = [_short(table.cell(scenario.name, dialect)) for dialect in dialects]
             yield _row(scenario.name, first, cells, column)
-    marks = "- the question does not arise"
+    marks = []
+    if any(cell.worst is None for cell in table.cells):
+        marks.append("- the question does not arise")
     if any(cell.stopped for cell in table.cells):
-        marks += "; * not all schedules up to the bound were tried"
-    yield from textwrap.wrap(marks, width)
+        marks.append("* not all schedules up to the bound were tried")
+    yield from textwrap.wrap("; ".join(marks), width)
 
 
 def _row(name: str, first: int, cells: Sequence[str], column: int) -> str:

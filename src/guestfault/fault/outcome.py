@@ -61,6 +61,8 @@ __all__ = [
     "outcome",
 ]
 
+_UNION = Payload.UNION
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryFault:
@@ -236,7 +238,10 @@ def outcome(
     if ret == -errno.EINTR:
         return Interrupted()
     if interface is not None and interface.is_memory_fault(ret, exit_reason, kvm_run.flags):
-        return _memory_fault(ret, kvm_run, interface)
+        if interface.payload is _UNION:
+            fault = kvm_run.memory_fault
+            return MemoryFault(fault.gpa, fault.size, fault.flags * interface.flags_written, -ret)
+        return _second_union(ret, kvm_run)
     if ret in (-errno.EFAULT, -EHWPOISON):
         return BareFault(-ret)
     if ret < 0:
@@ -265,10 +270,7 @@ def outcome(
     return Unknown(exit_reason)
 
 
-def _memory_fault(ret: int, kvm_run: uapi.kvm_run, interface: MemoryFaultInterface) -> MemoryFault:
-    if interface.payload is Payload.UNION:
-        fault = kvm_run.memory_fault
-        return MemoryFault(fault.gpa, fault.size, fault.flags * interface.flags_written, -ret)
+def _second_union(ret: int, kvm_run: uapi.kvm_run) -> MemoryFault:
     if not isinstance(kvm_run, kvm_run_v5):
         raise TypeError("the view of kvm_run ends before the union that the fault is in")
     second = kvm_run.speculative_exit.memory_fault

@@ -10,9 +10,9 @@ A snapshot is restored for the sake of a short time to the first instruction, so
 the manifest and the registers, looks at the memory file's *size*, and leaves the memory alone.
 Whoever has the time calls :meth:`Snapshot.verify_memory`.
 
-A snapshot appears under its name whole or not at all: it is written to a hidden directory beside
-it, flushed to disk, and renamed.  The directory is for its owner only, for guest memory holds
-secrets.
+A snapshot appears under its name whole or not at all (:mod:`guestfault.guest.replace`).  The
+directory is for its owner only, for guest memory holds secrets.  :mod:`guestfault.guest.packed` is
+the same in one file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +31,21 @@ from guestfault.guest.boot import entry_state, initial_memory
 from guestfault.guest.expect import expect
 from guestfault.guest.layout import Layout, LayoutError, Mode
 from guestfault.guest.manifest import BuiltinGuest, Manifest, Slot
+from guestfault.guest.replace import replacing_directory
 from guestfault.guest.vcpu_state import VcpuState
 from guestfault.guest.walk import Walk
 from guestfault.linux.procfs import mem_available
+from guestfault.paging.source.base import PageSource
+from guestfault.paging.source.file import FileSource
 
-__all__ = ["Snapshot", "SnapshotError", "build", "load", "save"]
+__all__ = ["Snapshot", "SnapshotError", "build", "chunks", "copy", "describe", "load"]
+__all__ += ["read_description", "reporting", "save"]
 
 _MANIFEST: Final = "manifest.json"
 _VCPUS: Final = "vcpus.json"
 _MEMORY: Final = "memory"
 _CHUNK: Final = 1 << 20
+_WRONG_MEMORY: Final = "its memory does not have the digest in the manifest"
 _HOLE: Final = bytes(1 << 16)  # what is looked for and left out of the memory file
 
 ByteBuffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -91,47 +94,82 @@ class Snapshot:
 
     def open_memory(self) -> int:
         """A new read-only file descriptor of the memory file, which the caller closes."""
-        with _reporting(self.path):
+        with reporting(self.path):
             return os.open(self.memory_path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def verify_memory(self) -> None:
-        """Read all of the memory; raises :class:`SnapshotError` unless it has its digest."""
+    def verify_memory(self, source: PageSource | None = None) -> None:
+        """Read all of the memory; raises :class:`SnapshotError` unless it has its digest.
+
+        The memory is that of ``source``, or the memory file.
+        """
+        if source is None:
+            own = FileSource(self.open_memory())
+            try:
+                self.verify_memory(own)
+            finally:
+                own.close()
+            return
         digest = hashlib.sha256()
-        with _reporting(self.path), open(self.memory_path, "rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        for chunk in chunks(source, _CHUNK):
+            digest.update(chunk)
         if digest.hexdigest() != self.manifest.memory_sha256:
-            raise SnapshotError(self.path, "its memory does not have the digest in the manifest")
+            raise SnapshotError(self.path, _WRONG_MEMORY)
 
 
-def load(path: str | os.PathLike[str]) -> Snapshot:
+def load(path: str | os.PathLike[str], *, memory: bool = True) -> Snapshot:
     """Open a snapshot; raises :class:`SnapshotError` unless everything but memory is sound.
 
-    The cost does not depend on the memory's size.
+    The cost does not depend on the memory's size.  Without ``memory`` there need be no memory file.
     """
     path = Path(path)
-    with _reporting(path):
+    with reporting(path):
+        manifest, vcpus = read_description(path)
+        snapshot = describe(path, manifest, vcpus)
+        if memory:
+            size = (path / _MEMORY).stat().st_size
+            if size != snapshot.memory_size:
+                kind = "truncated" if size < snapshot.memory_size else "too long"
+                what = f"its memory is {kind}: {size} bytes instead of {snapshot.memory_size}"
+                raise SnapshotError(path, what)
+    return snapshot
+
+
+def read_description(path: Path) -> tuple[bytes, bytes]:
+    """The bytes of ``manifest.json`` and of ``vcpus.json``; raises :class:`SnapshotError`."""
+    with reporting(path):
         if not path.exists():
             raise SnapshotError(path, "there is no such directory")
         if not path.is_dir():
             raise SnapshotError(path, "it is not a directory")
         if not (path / _MANIFEST).exists():
             raise SnapshotError(path, f"it has no {_MANIFEST}, so it is not a snapshot")
-        try:
-            manifest = Manifest.from_json((path / _MANIFEST).read_bytes())
-        except ValueError as error:
-            raise SnapshotError(path, f"{_MANIFEST}: {error}") from None
-        vcpus = _read_vcpus(path, manifest)
-        size = (path / _MEMORY).stat().st_size
-        if size != manifest.memory_size:
-            kind = "truncated" if size < manifest.memory_size else "too long"
-            what = f"its memory is {kind}: {size} bytes instead of {manifest.memory_size}"
-            raise SnapshotError(path, what)
-    return Snapshot(path, manifest, vcpus)
+        return (path / _MANIFEST).read_bytes(), (path / _VCPUS).read_bytes()
 
 
-def _read_vcpus(path: Path, manifest: Manifest) -> tuple[VcpuState, ...]:
-    content = (path / _VCPUS).read_bytes()
+def describe(path: str | os.PathLike[str], manifest: bytes, vcpus: bytes) -> Snapshot:
+    """The snapshot of which these are two files; raises :class:`SnapshotError` if they are not."""
+    try:
+        parsed = Manifest.from_json(manifest)
+    except ValueError as error:
+        raise SnapshotError(path, f"{_MANIFEST}: {error}") from None
+    return Snapshot(Path(path), parsed, _read_vcpus(path, vcpus, parsed))
+
+
+def chunks(source: PageSource, size: int) -> Iterator[memoryview]:
+    """All bytes of a source, ``size`` at a time, in a buffer that is used again each time.
+
+    Raises :class:`~guestfault.paging.source.base.SourceError`.
+    """
+    buffer = memoryview(bytearray(min(size, source.size)))
+    for at in range(0, source.size, size):
+        chunk = buffer[: min(size, source.size - at)]
+        source.read_into(at, chunk)
+        yield chunk
+
+
+def _read_vcpus(
+    path: str | os.PathLike[str], content: bytes, manifest: Manifest
+) -> tuple[VcpuState, ...]:
     if hashlib.sha256(content).hexdigest() != manifest.vcpus_sha256:
         raise SnapshotError(path, f"{_VCPUS} does not have the digest in the manifest")
     try:
@@ -158,31 +196,55 @@ def save(
     Raises :class:`SnapshotError` if that cannot be done, or if something other than a snapshot has
     the name; what was there before is then untouched.
     """
-    final = Path(os.path.realpath(path))
-    with _reporting(final):
-        _refuse_to_overwrite(final)
-        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    states = json.dumps([state.to_json() for state in vcpus], indent=1).encode()
+    view = memoryview(memory).cast("B")
+    pieces = (view[at : at + _CHUNK] for at in range(0, len(view), _CHUNK))
+    with _replacing(path) as (final, staging):
+        manifest = Manifest(
+            memory_size=len(view),
+            memory_sha256=_write_memory(staging / _MEMORY, pieces),
+            slots=tuple(slots) or (Slot(0, 0, len(view), 0),),
+            vcpus=len(vcpus),
+            vcpus_sha256=hashlib.sha256(states).hexdigest(),
+            guest=guest,
+        )
+        text = manifest.to_json().encode()
         try:
-            states = json.dumps([state.to_json() for state in vcpus], indent=1).encode()
-            view = memoryview(memory).cast("B")
-            manifest = Manifest(
-                memory_size=len(view),
-                memory_sha256=_write_memory(staging / _MEMORY, view),
-                slots=tuple(slots) or (Slot(0, 0, len(view), 0),),
-                vcpus=len(vcpus),
-                vcpus_sha256=hashlib.sha256(states).hexdigest(),
-                guest=guest,
-            )
-            text = manifest.to_json().encode()
             Manifest.from_json(text)  # what could not be read again is not worth a name
-            _write(staging / _VCPUS, states)
-            _write(staging / _MANIFEST, text)
-            _move_into_place(staging, final)
         except ValueError as error:
             raise SnapshotError(final, f"it would be no snapshot: {error}") from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        _write(staging / _VCPUS, states)
+        _write(staging / _MANIFEST, text)
     return Snapshot(final, manifest, tuple(vcpus))
+
+
+def copy(
+    path: str | os.PathLike[str], manifest: bytes, vcpus: bytes, source: PageSource
+) -> Snapshot:
+    """Write a snapshot that exists elsewhere: its two files, and its memory from ``source``.
+
+    Raises :class:`SnapshotError` as :func:`save` does, and if the memory does not have the digest
+    in the manifest, and :class:`~guestfault.paging.source.base.SourceError`.
+    """
+    with _replacing(path) as (final, staging):
+        snapshot = describe(final, manifest, vcpus)
+        if _write_memory(staging / _MEMORY, chunks(source, _CHUNK)) != (
+            snapshot.manifest.memory_sha256
+        ):
+            raise SnapshotError(final, _WRONG_MEMORY)
+        _write(staging / _VCPUS, vcpus)
+        _write(staging / _MANIFEST, manifest)
+    return snapshot
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """The snapshot's real path, and a directory to write, which then takes its place."""
+    final = Path(os.path.realpath(path))
+    with reporting(final):
+        _refuse_to_overwrite(final)
+        with replacing_directory(final) as staging:
+            yield final, staging
 
 
 def build(
@@ -213,7 +275,7 @@ def build(
 
 
 @contextmanager
-def _reporting(path: Path) -> Iterator[None]:
+def reporting(path: Path) -> Iterator[None]:
     """Turn an :class:`OSError` into a :class:`SnapshotError`."""
     try:
         yield
@@ -236,16 +298,19 @@ def _refuse_to_overwrite(final: Path) -> None:
         raise SnapshotError(final, "it exists and is not a snapshot, so it is not overwritten")
 
 
-def _write_memory(path: Path, memory: memoryview) -> str:
+def _write_memory(path: Path, pieces: Iterable[memoryview]) -> str:
     """Write the memory file, with holes for zeros; the digest."""
     digest = hashlib.sha256()
+    end = 0
     with open(path, "xb", buffering=0) as file:
-        for at in range(0, len(memory), len(_HOLE)):
-            chunk = memory[at : at + len(_HOLE)]
-            digest.update(chunk)
-            if chunk != _HOLE[: len(chunk)]:
-                os.pwrite(file.fileno(), chunk, at)
-        file.truncate(len(memory))
+        for piece in pieces:
+            digest.update(piece)
+            for at in range(0, len(piece), len(_HOLE)):
+                part = piece[at : at + len(_HOLE)]
+                if part != _HOLE[: len(part)]:
+                    os.pwrite(file.fileno(), part, end + at)
+            end += len(piece)
+        file.truncate(end)
         os.fsync(file.fileno())
     return digest.hexdigest()
 
@@ -255,26 +320,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _move_into_place(staging: Path, final: Path) -> None:
-    """Rename the new snapshot to its name; the old one is gone only after that.
-
-    Between the two renames there is none under the name, which is not half of one.
-    """
-    if final.exists():
-        old = staging.with_name(f"{staging.name}.old")
-        final.rename(old)
-        try:
-            staging.rename(final)
-        except OSError:
-            old.rename(final)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        staging.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

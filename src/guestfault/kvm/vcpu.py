@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from ctypes import Structure, byref
 from typing import Any
 
@@ -22,6 +22,10 @@ from guestfault.linux.ioctl import ioctl
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["KvmVcpu"]
+
+
+def _kvm_run(fd: int) -> int:
+    return ioctl(fd, uapi.KVM_RUN, 0)
 
 
 class KvmVcpu:
@@ -56,12 +60,20 @@ class KvmVcpu:
 
         -EBADF once the vCPU is closed.
         """
+        return self.run_by(_kvm_run)
+
+    def run_by(self, issue: Callable[[int], int]) -> int:
+        """:meth:`run`, by somebody who issues ``KVM_RUN`` on the descriptor that he is given.
+
+        He may issue it several times, on this thread and without the GIL.  He ends with the first
+        result that is -EINTR, at the latest, and returns what he ended with.
+        """
         if self._fd < 0:
             return -errno.EBADF
         ret = 0
         self._kicks.enter(self._fd)
         try:
-            ret = ioctl(self._fd, uapi.KVM_RUN, 0)
+            ret = issue(self._fd)
         finally:
             self._kicks.leave(ret)
         return ret

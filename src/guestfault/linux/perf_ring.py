@@ -34,16 +34,20 @@ from typing import Final
 
 from guestfault.uapi import perf as uapi
 
-__all__ = ["OverwriteRing", "QueueRing"]
+__all__ = ["HEAD_OFFSET", "OverwriteRing", "QueueRing"]
+
+HEAD_OFFSET: Final[int] = uapi.perf_event_mmap_page.data_head.offset
 
 _HEADER: Final = 8
-_HEAD: Final = uapi.perf_event_mmap_page.data_head.offset // 8
+_HEAD: Final = HEAD_OFFSET // 8
 _TAIL: Final = uapi.perf_event_mmap_page.data_tail.offset // 8
 _U64: Final = (1 << 64) - 1
 
 
 class _Ring:
     def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        """All of it: ``data_head`` is at :data:`HEAD_OFFSET`, the records from a page on."""
         self._words = memory[:PAGESIZE].cast("Q")
         self._data = memory[PAGESIZE:]
         self._size = len(self._data)
@@ -57,6 +61,7 @@ class _Ring:
         self._halfwords.release()
         self._data.release()
         self._words.release()
+        self.memory.release()
 
     def _record(self, offset: int, size: int) -> bytes:
         """The ``size`` bytes at ``offset``, put together if they wrap."""

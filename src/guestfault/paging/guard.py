@@ -56,6 +56,15 @@ class RepeatGuard:
         self._rip: int | None = None
         self._count = 0
 
+    @property
+    def page(self) -> int | None:
+        """The page of the last fault, if nothing has come after it."""
+        return self._page
+
+    def was_at(self, page: int) -> None:
+        """Faults were resolved elsewhere, no page twice in a row; the last one in this page."""
+        self._page, self._rip, self._count = page, None, 1
+
     def saw(self, access: Access) -> None:
         """A fault was met; raises :class:`FaultLoopError` if it is the same one once too often."""
         page = None if access.gpa is None else access.gpa // PAGE_SIZE

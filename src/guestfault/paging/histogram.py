@@ -7,25 +7,25 @@ brings several together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Self
 
-__all__ = ["LatencyHistogram"]
+__all__ = ["BUCKETS", "SUB_BITS", "LatencyHistogram"]
 
-_SUB_BITS = 5
-_SUB = 1 << _SUB_BITS
-_BUCKETS = (64 - _SUB_BITS) * _SUB
+SUB_BITS = 5
+_SUB = 1 << SUB_BITS
+BUCKETS = (64 - SUB_BITS) * _SUB
 
 
 def _index(ns: int) -> int:
-    shift = max(0, ns.bit_length() - _SUB_BITS - 1)
-    return (shift << _SUB_BITS) + (ns >> shift)
+    shift = max(0, ns.bit_length() - SUB_BITS - 1)
+    return (shift << SUB_BITS) + (ns >> shift)
 
 
 def _upper(index: int) -> int:
     """The largest value that falls into a bucket."""
-    shift = max(0, (index >> _SUB_BITS) - 1)
-    return ((index - (shift << _SUB_BITS) + 1) << shift) - 1
+    shift = max(0, (index >> SUB_BITS) - 1)
+    return ((index - (shift << SUB_BITS) + 1) << shift) - 1
 
 
 class LatencyHistogram:
@@ -40,7 +40,7 @@ class LatencyHistogram:
     __slots__ = ("_counts", "count", "max", "total")
 
     def __init__(self) -> None:
-        self._counts = [0] * _BUCKETS
+        self._counts = [0] * BUCKETS
         self.count = 0
         self.total = 0
         self.max = 0
@@ -54,6 +54,13 @@ class LatencyHistogram:
         if ns > self.max:
             self.max = ns
 
+    def add(self, counts: Iterable[int], total: int, maximum: int) -> None:
+        """Take over what was counted elsewhere, in buckets like these: one count for each."""
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self.count = sum(self._counts)
+        self.total += total
+        self.max = max(self.max, maximum)
+
     def percentile(self, percent: float) -> int:
         """The latency that ``percent`` of those recorded do not exceed; 0 if there are none.
 
@@ -66,6 +73,15 @@ class LatencyHistogram:
             if n and seen >= rank:
                 return min(_upper(index), self.max)
         return 0
+
+    def buckets(self) -> Iterator[tuple[int, int]]:
+        """Each bucket that has something in it: the largest value that falls there, and how many.
+
+        In ascending order.
+        """
+        for index, n in enumerate(self._counts):
+            if n:
+                yield _upper(index), n
 
     @classmethod
     def merge(cls, parts: Iterable[LatencyHistogram]) -> Self:

@@ -38,7 +38,7 @@ class FaultResolver:
 
     def __init__(self, vcpu: Vcpu, pager: Pager, slots: SlotMap) -> None:
         self._vcpu = vcpu
-        self._pager = pager
+        self.pager = pager
         self._slots = slots
         self.account = FaultAccount()
         self.guard = RepeatGuard(vcpu.vcpu_id, lambda: int(vcpu.get_regs().rip))
@@ -68,8 +68,8 @@ class FaultResolver:
         self._bring_in(best, fault)
         for other in candidates[1:]:
             if other.hva is not None:
-                offset = other.hva - self._pager.ram.guest.address
-                self._pager.bring_in_range(offset, other.size)
+                offset = other.hva - self.pager.ram.guest.address
+                self.pager.bring_in_range(offset, other.size)
 
     def resolve_fetch(self, access: Access) -> None:
         """Bring in code that KVM's emulator could not fetch (KVM_EXIT_INTERNAL_ERROR).
@@ -97,7 +97,7 @@ class FaultResolver:
         access = from_mmio(exit_, self._slots)
         offset = self._bring_in(access, exit_)
         self.account.ram_mmio += 1
-        memory = self._pager.ram.bytes[offset : offset + exit_.length]
+        memory = self.pager.ram.bytes[offset : offset + exit_.length]
         if exit_.is_write:
             memory[:] = exit_.data
         else:
@@ -113,8 +113,8 @@ class FaultResolver:
         except FaultLoopError as e:
             cause = str(why(access, failure))
             raise FaultLoopError(e.vcpu_id, access, e.rip, e.count, cause) from None
-        offset = access.hva - self._pager.ram.guest.address
-        if not self._pager.bring_in_range(offset, access.size):
+        offset = access.hva - self.pager.ram.guest.address
+        if not self.pager.bring_in_range(offset, access.size):
             self.account.again += 1
         self.account.latency.record(time.perf_counter_ns() - began)
         return offset

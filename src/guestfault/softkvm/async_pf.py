@@ -163,7 +163,7 @@ def kvm_can_do_async_pf(vcpu: KvmVcpu) -> bool:
     Not while KVM makes an access of its own: in the kernel those do not come this way, they are
     copies to and from userspace memory, which sleep.
     """
-    if vcpu.emulating or not lapic_in_kernel(vcpu):
+    if not lapic_in_kernel(vcpu) or vcpu.emulating:
         return False
     if kvm_event_needs_reinjection(vcpu) or kvm_is_exception_pending(vcpu):
         return False

@@ -17,6 +17,7 @@ from guestfault.softkvm.irq import (
 )
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_test_request
 from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.srcu import kvm_vcpu_srcu_read_lock, kvm_vcpu_srcu_read_unlock
 from guestfault.uapi import kvm as uapi
 
 __all__ = [
@@ -59,11 +60,13 @@ def kvm_arch_vcpu_runnable(vcpu: KvmVcpu) -> bool:
 
 def kvm_vcpu_block(vcpu: KvmVcpu) -> None:
     """Sleep until the vCPU can go on, or a signal is pending."""
+    kvm_vcpu_srcu_read_unlock(vcpu)
     while True:
         vcpu.wait.prepare("kvm_vcpu_block: set_current_state")
         if _kvm_vcpu_check_block(vcpu):
-            return
+            break
         vcpu.wait.sleep("kvm_vcpu_block: schedule")
+    kvm_vcpu_srcu_read_lock(vcpu)
 
 
 def _kvm_vcpu_check_block(vcpu: KvmVcpu) -> bool:
@@ -72,7 +75,7 @@ def _kvm_vcpu_check_block(vcpu: KvmVcpu) -> bool:
         preemption_point("kvm_vcpu_check_block: is it runnable", (shared, vcpu.vcpu_id))
     if kvm_arch_vcpu_runnable(vcpu):
         return True
-    preemption_point("kvm_vcpu_check_block: is a signal pending", ("requests", vcpu.vcpu_id))
+    preemption_point("kvm_vcpu_check_block: is a signal pending", vcpu.shared)
     return kvm_test_request(vcpu, Request.SIGNAL)
 
 

@@ -117,6 +117,7 @@ class Cpu:
         self._outside.save()
         self._entering = False
         self._emulating = False
+        self._special = False  # one of the two: the TLB is not the guest's
         self._retranslate = False
         self._stop: Stop | None = None
         self.efer = 0  # kept here: an MSR read in guest mode is an intercept, even from outside
@@ -176,10 +177,12 @@ class Cpu:
                 bitmaps=_PRIVATE + _BITMAPS,
             )
         engine.write(ux.UC_X86_REG_RAX, _PRIVATE + _VMCB)
-        self._entering = True
+        self._entering = self._special = True
         engine.flush_tlb()
+        # A stop that came too late for the last run would end this one before VMRUN.
+        engine.forget_stop()
         engine.start(_ENTRY)  # fails as the guest's first instruction is fetched: VMRUN is done
-        self._entering = False
+        self._entering = self._special = False
         self.efer = sregs.efer
         engine.flush_tlb()
         self._gprs.write()
@@ -301,13 +304,13 @@ class Cpu:
         self._copies.begin(linear, code)
         engine.flush_tlb()
         hook = engine.hook_accesses(self._on_access)
-        self._emulating = True
+        self._emulating = self._special = True
         try:
             stop = self.step()
             if stop is STEPPED or stop == TRAP:
                 window.finish()
         finally:
-            self._emulating = False
+            self._emulating = self._special = False
             engine.unhook(hook)
             engine.flush_tlb()
         if window.refused:
@@ -327,24 +330,24 @@ class Cpu:
     # -- hooks: called on the running thread, in the middle of an instruction -------------------
 
     def _on_tlb_miss(self, gva: int, access: int) -> tuple[int, int] | None:
+        if not self._special:
+            answer = self._tlb_fill(gva, access)
+            if answer is None:
+                self._stop = REFUSED
+            return answer
         if self._entering:
             if gva >> 12 == _ENTRY >> 12:
                 return _PRIVATE + _CODE, unicorn.UC_PROT_ALL
             return None  # VMRUN has been executed and its guest wants its first instruction
-        if self._emulating:
-            at = self._copies.page(gva) if access == _FETCH else self._window.page(gva)
-            return None if at is None else (at, unicorn.UC_PROT_ALL)
-        answer = self._tlb_fill(gva, access)
-        if answer is None:
-            self._stop = REFUSED
-        return answer
+        at = self._copies.page(gva) if access == _FETCH else self._window.page(gva)
+        return None if at is None else (at, unicorn.UC_PROT_ALL)
 
     def _on_interrupt(self, number: int) -> None:
         self._stop = Stop(StopKind.INTERCEPT, number - _VMEXIT)
         self._engine.stop_here()
 
     def _on_new_block(self, address: int, size: int) -> None:
-        if self._entering or self._emulating:
+        if self._special:
             return
         code = self._fetch(address, size)
         if code is None:

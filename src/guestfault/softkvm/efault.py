@@ -20,20 +20,29 @@ from __future__ import annotations
 
 import errno
 
-from guestfault.dialect.interface import Payload
 from guestfault.dialect.record import Dialect, Guard, Reason, Reset, Site
 from guestfault.dialect.unmerged import (
     KVM_SPEC_EXIT_MEMORY_FAULT,
     KVM_SPEC_EXIT_UNUSED,
     speculative_exit,
 )
+from guestfault.softkvm import preempt
 from guestfault.softkvm.kvm_host import Kvm, KvmVcpu, kvm_get_running_vcpu
 from guestfault.softkvm.preempt import preemption_point
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["forget_annotation", "kvm_handle_efault", "kvm_run_begin", "vcpu_run_begin"]
 
+# An attribute of an enumeration is a slow thing to ask for.
 _UNKNOWN, _MISSING = Reason.UNKNOWN, Reason.MISSING
+_LOADED_VCPU, _EXIT_REASON_UNKNOWN = Guard.LOADED_VCPU, Guard.EXIT_REASON_UNKNOWN
+_CANARY = Guard.CANARY
+_TRIPPED = {
+    _LOADED_VCPU: "is not the loaded one",
+    _EXIT_REASON_UNKNOWN: "has exit {} prepared",
+    _CANARY: "is filled already",
+}
+_AT_ENTRY, _BEFORE_LOOP = Reset.AT_ENTRY, Reset.BEFORE_LOOP
 
 
 def kvm_handle_efault(
@@ -55,16 +64,25 @@ def kvm_handle_efault(
     """
     kvm = vcpu.kvm
     dialect = kvm.dialect
-    if site not in dialect.annotated or not _wanted(kvm, dialect, reason):
+    if site not in dialect.annotated:
+        return r
+    if kvm.filters_reasons and not _wanted(kvm, dialect, reason):
         return r
     if dialect.guards and not _guards_let(kvm, dialect, vcpu):
         return r
     if site in dialect.sizes_in_pages:
         size >>= 12
     interface = dialect.interface
-    flags = _flags(dialect, write, exec_, private, reason)
-    preemption_point("kvm_handle_efault: fill kvm_run", ("kvm_run", vcpu.vcpu_id), True)
-    if interface.payload is Payload.UNION:
+    flags = dialect.flag_write if write else dialect.flag_exec if exec_ else dialect.flag_read
+    if private:
+        flags |= dialect.flag_private
+    if reason is _UNKNOWN:
+        flags |= dialect.flag_unknown
+    else:
+        flags |= dialect.flag_missing if reason is _MISSING else dialect.flag_userfault
+    if preempt.scheduler is not None:
+        preemption_point("kvm_handle_efault: fill kvm_run", ("kvm_run", vcpu.vcpu_id), True)
+    if not kvm.second_union:
         fault = vcpu.run.memory_fault
         vcpu.run.exit_reason = interface.exit_reason
         fault.gpa, fault.size = gpa, size
@@ -83,63 +101,49 @@ def _wanted(kvm: Kvm, dialect: Dialect, reason: Reason) -> bool:
     if kvm.must_opt_in:
         asked = dialect.flag_missing if reason is _MISSING else dialect.flag_unknown
         return kvm.fill_efault_info or kvm.memfault_exit_reasons & asked != 0
-    return reason is _MISSING or not dialect.annotates_only_missing
+    return reason is _MISSING  # of annotates_only_missing
 
 
 def _guards_let(kvm: Kvm, dialect: Dialect, vcpu: KvmVcpu) -> bool:
     """Look at each guard; whether none of them forbids to fill."""
     for guard in dialect.guards:
-        match guard:
-            case Guard.LOADED_VCPU:
-                running = kvm_get_running_vcpu()
-                tripped = running is not vcpu
-                text = f"vCPU {vcpu.vcpu_id} is not the loaded one"
-            case Guard.EXIT_REASON_UNKNOWN:
-                tripped = vcpu.run.exit_reason != uapi.KVM_EXIT_UNKNOWN
-                text = f"vCPU {vcpu.vcpu_id} has exit {vcpu.run.exit_reason} prepared"
-            case Guard.CANARY:
-                tripped = vcpu.speculative_exit_canary != KVM_SPEC_EXIT_UNUSED
-                text = f"vCPU {vcpu.vcpu_id} is filled already"
-            case Guard.VCPU_NOT_NULL:
-                continue  # here the type says so
+        if guard is _LOADED_VCPU:
+            running = kvm_get_running_vcpu()
+            tripped = running is not vcpu
+        elif guard is _EXIT_REASON_UNKNOWN:
+            tripped = vcpu.run.exit_reason != uapi.KVM_EXIT_UNKNOWN
+        elif guard is _CANARY:
+            tripped = vcpu.speculative_exit_canary != KVM_SPEC_EXIT_UNUSED
+        else:
+            continue  # VCPU_NOT_NULL: here the type says so
         if tripped:
-            kvm.warn_on_once(f"kvm_handle_efault: {text}")
+            text = _TRIPPED[guard].format(vcpu.run.exit_reason)
+            kvm.warn_on_once(f"kvm_handle_efault: vCPU {vcpu.vcpu_id} {text}")
             if guard not in dialect.warns_only:
                 return False
     return True
 
 
-def _flags(dialect: Dialect, write: bool, exec_: bool, private: bool, reason: Reason) -> int:
-    """``memory_fault.flags``."""
-    flags = dialect.flag_write if write else dialect.flag_exec if exec_ else dialect.flag_read
-    if private:
-        flags |= dialect.flag_private
-    if reason is _UNKNOWN:
-        return flags | dialect.flag_unknown
-    return flags | (dialect.flag_missing if reason is _MISSING else dialect.flag_userfault)
-
-
 def kvm_run_begin(vcpu: KvmVcpu) -> None:
     """``KVM_RUN`` begins; the last exit may not be complete yet."""
-    interface = vcpu.kvm.dialect.interface
-    if vcpu.kvm.dialect.reset is Reset.AT_ENTRY:
+    kvm = vcpu.kvm
+    if kvm.reset is _AT_ENTRY:
         vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
-    if interface.payload is Payload.SECOND_UNION:
+    if kvm.second_union:
         vcpu.speculative_exit_canary = KVM_SPEC_EXIT_UNUSED
-        vcpu.run.flags &= ~interface.filled_flag
+        vcpu.run.flags &= ~kvm.dialect.interface.filled_flag
 
 
 def vcpu_run_begin(vcpu: KvmVcpu) -> None:
     """The last exit is complete; the guest is about to be entered."""
-    if vcpu.kvm.dialect.reset is Reset.BEFORE_LOOP:
+    if vcpu.kvm.reset is _BEFORE_LOOP:
         vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
 
 
 def forget_annotation(vcpu: KvmVcpu) -> None:
     """Take an annotation back that no processor would have caused: ours translates ahead."""
-    interface = vcpu.kvm.dialect.interface
-    if interface.payload is Payload.SECOND_UNION:
+    if vcpu.kvm.second_union:
         vcpu.speculative_exit_canary = KVM_SPEC_EXIT_UNUSED
-        vcpu.run.flags &= ~interface.filled_flag
+        vcpu.run.flags &= ~vcpu.kvm.dialect.interface.filled_flag
     else:
         vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN

@@ -284,6 +284,10 @@ class Engine:
         """From any thread: end the run in progress, or else the next, at the end of a block."""
         self._stop_flag.set()
 
+    def forget_stop(self) -> None:
+        """Take back a :meth:`stop` that has ended no run."""
+        self._stop_flag.clear()
+
     def stop_here(self) -> None:
         """From a hook: end the run before, or after, the instruction that the hook is about."""
         _emu_stop(self.handle)

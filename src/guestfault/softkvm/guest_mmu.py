@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
+from guestfault.softkvm import preempt
 from guestfault.softkvm.kvm_host import KvmVcpu, Walked
 from guestfault.softkvm.mmu import kvm_mmu_page_fault
 from guestfault.softkvm.paging_tmpl import gva_to_gpa
@@ -302,7 +303,8 @@ def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
     sptes = vcpu.kvm.second_stage.sptes
     right = PT_WRITABLE if kind is _WRITE else PT_READ
     while True:
-        preemption_point("guest_mmu: read the SPTE", "mmu")
+        if preempt.scheduler is not None:
+            preemption_point("guest_mmu: read the SPTE", "mmu")
         spte = sptes.get(gpa >> 12, 0)
         if spte & right:
             return spte

@@ -13,7 +13,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from guestfault.dialect.record import Dialect, Enabling
+from guestfault.dialect.interface import Payload
+from guestfault.dialect.record import Dialect, Enabling, Reset
+from guestfault.softkvm import preempt
 from guestfault.softkvm.apf_state import VcpuApf, VcpuAsyncPf
 from guestfault.softkvm.emulate_ctxt import EmulateCtxt
 from guestfault.softkvm.lapic import KvmLapic
@@ -140,6 +142,10 @@ class Kvm:
     missing_flag: int = field(init=False)
     userfault_flag: int = field(init=False)
     must_opt_in: bool = field(init=False)
+    fast_gup_reads: bool = field(init=False)
+    filters_reasons: bool = field(init=False)
+    reset: Reset = field(init=False)
+    second_union: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule_work = self.workqueue.schedule_work
@@ -147,10 +153,9 @@ class Kvm:
         self.userfault_flag = self.dialect.userfault_flag
         info = self.dialect.info
         self.must_opt_in = info is not None and info.enabling is not Enabling.INFORMATIONAL
-
-    def exits_on_missing(self, slot: KvmMemorySlot) -> bool:
-        """Whether a guest's fault in the slot is to fail as soon as fast GUP does."""
-        return self.mem_fault_nowait or slot.flags & self.missing_flag != 0
+        self.filters_reasons = self.must_opt_in or self.dialect.annotates_only_missing
+        self.fast_gup_reads, self.reset = self.dialect.fast_gup_reads, self.dialect.reset
+        self.second_union = self.dialect.interface.payload is Payload.SECOND_UNION
 
     def warn_on_once(self, text: str) -> None:
         """``WARN_ON_ONCE``: complain, the first time."""
@@ -181,10 +186,14 @@ class KvmVcpu:
         self.stat = VcpuStat()
         # A set, for a signal handler may add to it in the midst of anything: one call does it.
         self.requests: set[int] = set()
+        self.shared = "requests", vcpu_id
+        """What preemption points call all that others may ask of it or wait for: its requests, its
+        mode, whether it reads the slots, whether it was kicked."""
         self.in_guest_mode = False
         self.mode_lock = threading.RLock()  # for the same reason
+        self.srcu_seq = 0  # odd while it reads the slots: see srcu.py
         self.wait = Sleeper(("wait", vcpu_id))
-        self.thread: int | None = None
+        self.in_run = False  # a thread is in KVM_RUN with it, which a kick must end
         self.sregs = uapi.kvm_sregs()
         self.sregs_changed = True
         self.mapped_memslots = Memslots()
@@ -194,7 +203,8 @@ class KvmVcpu:
         self.apic: KvmLapic | None = None
         self.interrupt_injected: int | None = None  # taken from the APIC, not yet delivered
         self.shadow_passed = False  # one instruction was executed alone for a possible STI
-        self.emulating = False  # KVM makes accesses of its own for the guest
+        # Whether an access to guest memory is KVM's own: but for what the guest's code does, all.
+        self.emulating = True
         self.pending_exception: GuestException | None = None
         self.complete_userspace_io: Callable[[], int] | None = None
         self.refusal: Refusal = Retry()
@@ -220,18 +230,24 @@ class KvmVcpu:
 
     def enter_guest(self, execute: Callable[[], Stop]) -> Stop:
         """Have the processor execute guest code; REQUESTED if a request must be served first."""
-        preemption_point("vcpu_enter_guest: enter", ("requests", self.vcpu_id), True)
+        if preempt.scheduler is not None:
+            preemption_point("vcpu_enter_guest: enter", self.shared, True)
         self.in_guest_mode = True
+        self.srcu_seq += 1
         if self.requests:
             # Made before we were in guest mode: nobody would stop us.
             self.in_guest_mode = False
+            self.srcu_seq |= 1
             return REQUESTED
         try:
             return execute()
         finally:
-            preemption_point("vcpu_enter_guest: leave", ("requests", self.vcpu_id), True)
+            if preempt.scheduler is not None:
+                preemption_point("vcpu_enter_guest: leave", self.shared, True)
             with self.mode_lock:
                 self.in_guest_mode = False
+            # It is that already if a question of the processor's has ended in an exception.
+            self.srcu_seq |= 1
 
     def forget_walks(self) -> None:
         """Forget what was found out about the guest's page tables."""
@@ -302,7 +318,7 @@ def vcpu_put() -> None:
 
 def kvm_make_request(vcpu: KvmVcpu, request: int) -> None:
     """Have the vCPU serve a request before it enters the guest next."""
-    preemption_point("kvm_make_request: set the bit", ("requests", vcpu.vcpu_id), True)
+    preemption_point("kvm_make_request: set the bit", vcpu.shared, True)
     vcpu.requests.add(request)
 
 
@@ -315,7 +331,7 @@ def kvm_check_request(vcpu: KvmVcpu, request: int) -> bool:
     """Whether there is such a request; it is taken."""
     if request not in vcpu.requests:
         return False
-    preemption_point("kvm_check_request: take the bit", ("requests", vcpu.vcpu_id), True)
+    preemption_point("kvm_check_request: take the bit", vcpu.shared, True)
     vcpu.requests.discard(request)
     return True
 
@@ -363,4 +379,4 @@ def _leave_guest_mode(vcpu: KvmVcpu, name: str) -> None:
         # A signal handler, called in the midst of a hook: the run ends with that.
         return kvm_get_running_vcpu() is vcpu
 
-    wait(name, ("requests", vcpu.vcpu_id), left)
+    wait(name, vcpu.shared, left)

@@ -29,6 +29,7 @@ import errno
 
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.dialect.record import Reason, Site
+from guestfault.softkvm import preempt
 from guestfault.softkvm.async_pf import (
     kvm_arch_setup_async_pf,
     kvm_can_do_async_pf,
@@ -44,11 +45,11 @@ from guestfault.softkvm.page_track import kvm_slot_page_track_is_active
 from guestfault.softkvm.pfn import (
     KVM_PFN_ERR_FAULT,
     KVM_PFN_ERR_HWPOISON,
+    KVM_PFN_ERR_MASK,
     KVM_PFN_ERR_RO_FAULT,
     KVM_PFN_ERR_SIGPENDING,
     KVM_PFN_NOSLOT,
     gfn_to_pfn_memslot,
-    is_error_pfn,
 )
 from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import MAX_PHYS
@@ -86,8 +87,8 @@ __all__ = [
 _MMU, _MEMSLOTS = "mmu", "memslots"
 
 # An attribute of an enumeration is a slow thing to ask for, and a fault asks several times.
-_CONTINUE, _RETRY, _EMULATE = RetPf.CONTINUE, RetPf.RETRY, RetPf.EMULATE
-_INVALID, _FIXED, _SPURIOUS = RetPf.INVALID, RetPf.FIXED, RetPf.SPURIOUS
+_CONTINUE, _RETRY, _EMULATE = int(RetPf.CONTINUE), int(RetPf.RETRY), int(RetPf.EMULATE)
+_INVALID, _FIXED, _SPURIOUS = int(RetPf.INVALID), int(RetPf.FIXED), int(RetPf.SPURIOUS)
 _MISSING, _UNKNOWN, _HANDLE_ERROR_PFN = Reason.MISSING, Reason.UNKNOWN, Site.HANDLE_ERROR_PFN
 
 _EFAULT, _TRY_AGAIN = Exit(-errno.EFAULT), Retry()
@@ -102,16 +103,16 @@ def kvm_mmu_page_fault(vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int) -> bool:
     stop first.  (Under shadow paging the address is a linear one; the caller puts the physical one
     in its place, or the guest's own fault that the walk has met.)
     """
-    r: int = _INVALID
+    r = _INVALID
     if error_code & PFERR_RSVD_MASK:
         r = handle_mmio_page_fault(vcpu, cr2_or_gpa)
     if r == _INVALID:
         r = kvm_mmu_do_page_fault(vcpu, cr2_or_gpa, error_code)
-        if r == _INVALID:  # KVM_BUG
-            vcpu.kvm.warn_on_once("kvm_mmu_page_fault: nobody has handled the fault")
-            r = -errno.EIO
     if r >= _FIXED:  # or SPURIOUS
         return True
+    if r == _INVALID:  # KVM_BUG
+        vcpu.kvm.warn_on_once("kvm_mmu_page_fault: nobody has handled the fault")
+        r = -errno.EIO
     if r < 0:
         vcpu.refusal = _EFAULT if r == -errno.EFAULT else Exit(r)
     elif r == _EMULATE:
@@ -162,12 +163,15 @@ def kvm_mmu_do_page_fault(
 
 def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """A fault under two-dimensional paging: find the page, then install its entry."""
-    stage = vcpu.kvm.second_stage
+    kvm = vcpu.kvm
+    stage = kvm.second_stage
     # Read the sequence before anything is looked up: what changes later changes it too.
-    preemption_point("direct_page_fault: read mmu_invalidate_seq", _MMU)
+    if preempt.scheduler is not None:
+        preemption_point("direct_page_fault: read mmu_invalidate_seq", _MMU)
     fault.mmu_seq = stage.mmu_invalidate_seq
-    preemption_point("direct_page_fault: find the slot", _MEMSLOTS)
-    memslots = vcpu.kvm.memslots
+    if preempt.scheduler is not None:
+        preemption_point("direct_page_fault: find the slot", _MEMSLOTS)
+    memslots = kvm.memslots
     fault.slot, fault.generation = memslots.gfn_to_memslot(fault.gfn), memslots.generation
     if fault.error_code & PFERR_PRESENT_MASK:  # the two are about pages that are there
         if page_fault_handle_page_track(vcpu, fault):
@@ -178,9 +182,11 @@ def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     r = kvm_faultin_pfn(vcpu, fault)
     if r != _CONTINUE:
         return r
-    preemption_point("direct_page_fault: take mmu_lock", _MMU, True)
+    if preempt.scheduler is not None:
+        preemption_point("direct_page_fault: take mmu_lock", _MMU, True)
     with stage.mmu_lock:
-        if is_page_fault_stale(vcpu, fault):
+        # is_page_fault_stale(), where there are no roots to be obsolete.
+        if fault.slot is not None and stage.mmu_invalidate_retry(fault.mmu_seq, fault.pfn << 12):
             return _RETRY
         return direct_map(vcpu, fault)
 
@@ -219,11 +225,11 @@ def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         # Its entries are being zapped.  It must not pass for MMIO before they are.
         return _RETRY
     # Exit as soon as fast GUP fails, rather than sleep in slow GUP: what the slot's flag asks for.
-    atomic = fault.atomic = kvm.exits_on_missing(slot)
-    fast_reads = kvm.dialect.fast_gup_reads
-    if atomic:
-        fault.pfn, fault.map_writable, needs_wait = gfn_to_pfn_memslot(
-            kvm.mm, slot, fault.gfn, fault.write, atomic=True, fast_reads=fast_reads
+    fast_reads, needs_wait = kvm.fast_gup_reads, False
+    if slot.flags & kvm.missing_flag or kvm.mem_fault_nowait:
+        fault.atomic = True
+        fault.pfn, fault.map_writable, _ = gfn_to_pfn_memslot(
+            kvm.mm, slot, fault.gfn, fault.write, True, fast_reads=fast_reads
         )
     else:
         # The kernel asks without waiting first in any case.  Where nobody could use the answer, the
@@ -234,9 +240,10 @@ def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
             slot,
             fault.gfn,
             fault.write,
-            nowait=nowait,
-            interruptible=None if nowait else vcpu,
-            fast_reads=fast_reads,
+            False,
+            nowait,
+            None if nowait else vcpu,
+            fast_reads,
         )
     if needs_wait:
         if kvm_find_async_pf_gfn(vcpu, fault.gfn):
@@ -248,7 +255,7 @@ def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         fault.pfn, fault.map_writable, _ = gfn_to_pfn_memslot(
             kvm.mm, slot, fault.gfn, fault.write, interruptible=vcpu, fast_reads=fast_reads
         )
-    if is_error_pfn(fault.pfn):
+    if fault.pfn & KVM_PFN_ERR_MASK:  # is_error_pfn()
         if kvm.mem_fault_nowait and fault.pfn == KVM_PFN_ERR_FAULT:
             # Where v1 filled kvm_run, for kvm_handle_error_pfn to return the -EFAULT.
             kvm_handle_efault(
@@ -273,12 +280,13 @@ def kvm_handle_noslot_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
 
 def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """The end of a failed access.  The last lines are where upstream's -EFAULT is still bare."""
-    if fault.pfn == KVM_PFN_ERR_SIGPENDING:
+    pfn = fault.pfn
+    if pfn == KVM_PFN_ERR_SIGPENDING:
         vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
         return -errno.EINTR
-    if fault.pfn == KVM_PFN_ERR_RO_FAULT:
+    if pfn == KVM_PFN_ERR_RO_FAULT:
         return _EMULATE
-    if fault.pfn == KVM_PFN_ERR_HWPOISON:
+    if pfn == KVM_PFN_ERR_HWPOISON:
         # The kernel sends SIGBUS (BUS_MCEERR_AR, with the address) to the thread and retries; a
         # VMM then gives the guest a machine check.  In a process that is no VMM by trade, which
         # this one is, the signal would be the end; so the vCPU stops with what the page has.

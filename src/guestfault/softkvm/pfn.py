@@ -24,13 +24,14 @@ from __future__ import annotations
 import errno
 
 from guestfault.dialect.interface import EHWPOISON
-from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, KvmMemorySlot
+from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, PAGE_SIZE, KvmMemorySlot
 from guestfault.softkvm.mm import Mm, Task
 from guestfault.uapi import kvm as uapi
 
 __all__ = [
     "KVM_PFN_ERR_FAULT",
     "KVM_PFN_ERR_HWPOISON",
+    "KVM_PFN_ERR_MASK",
     "KVM_PFN_ERR_RO_FAULT",
     "KVM_PFN_ERR_SIGPENDING",
     "KVM_PFN_NOSLOT",
@@ -47,6 +48,7 @@ KVM_PFN_ERR_HWPOISON = KVM_PFN_ERR_MASK + 1
 KVM_PFN_ERR_RO_FAULT = KVM_PFN_ERR_MASK + 2
 KVM_PFN_ERR_SIGPENDING = KVM_PFN_ERR_MASK + 3
 KVM_PFN_NOSLOT = 1 << 63
+_READONLY = uapi.KVM_MEM_READONLY
 _ERROR_NOSLOT_MASK = KVM_PFN_ERR_MASK | KVM_PFN_NOSLOT
 
 
@@ -74,7 +76,6 @@ def hva_to_pfn(
     addr: int,
     write_fault: bool,
     want_writable: bool,
-    *,
     atomic: bool = False,
     nowait: bool = False,
     interruptible: Task | None = None,
@@ -112,7 +113,6 @@ def gfn_to_pfn_memslot(
     slot: KvmMemorySlot,
     gfn: int,
     write_fault: bool,
-    *,
     atomic: bool = False,
     nowait: bool = False,
     interruptible: Task | None = None,
@@ -120,18 +120,12 @@ def gfn_to_pfn_memslot(
 ) -> FoundPfn:
     """``__gfn_to_pfn_memslot``: :func:`hva_to_pfn` with the slot's own rights applied."""
     flags = slot.flags
-    readonly = flags & uapi.KVM_MEM_READONLY != 0
+    readonly = flags & _READONLY != 0
     if flags & KVM_MEMSLOT_INVALID:
         return _NOSLOT
     if write_fault and readonly:
         return _RO_FAULT
+    addr = slot.userspace_addr + (gfn - slot.base_gfn) * PAGE_SIZE
     return hva_to_pfn(
-        mm,
-        slot.hva_of_gfn(gfn),
-        write_fault,
-        not readonly,
-        atomic=atomic,
-        nowait=nowait,
-        interruptible=interruptible,
-        fast_reads=fast_reads,
+        mm, addr, write_fault, not readonly, atomic, nowait, interruptible, fast_reads
     )

@@ -49,7 +49,9 @@ class Scheduler(Protocol):
         """The calling thread cannot go on before ``until()``, which depends on ``shared``."""
 
 
-_scheduler: Scheduler | None = None
+scheduler: Scheduler | None = None
+"""Who it is, if anybody.  On the hot path, where a call is felt, a point stands behind this question:
+``if preempt.scheduler is not None``."""
 
 
 def preemption_point(name: str, shared: Hashable, write: bool = False) -> None:
@@ -57,8 +59,8 @@ def preemption_point(name: str, shared: Hashable, write: bool = False) -> None:
 
     ``name`` begins with the function that it stands in, under Linux's name.
     """
-    if _scheduler is not None:
-        _scheduler.point(name, shared, write)
+    if scheduler is not None:
+        scheduler.point(name, shared, write)
 
 
 def wait(name: str, shared: Hashable, until: Callable[[], bool]) -> None:
@@ -66,8 +68,8 @@ def wait(name: str, shared: Hashable, until: Callable[[], bool]) -> None:
 
     For waits that are short, or rare: without a scheduler it looks again every 20 microseconds.
     """
-    if _scheduler is not None:
-        _scheduler.wait(name, shared, until)
+    if scheduler is not None:
+        scheduler.wait(name, shared, until)
         return
     while not until():
         time.sleep(_PAUSE)
@@ -79,8 +81,8 @@ def cond_resched(shared: Hashable, until: Callable[[], bool]) -> None:
     It comes back at once and tries.  With a scheduler it waits, for a trial that is known to be in
     vain is nothing but a longer schedule.
     """
-    if _scheduler is not None:
-        _scheduler.wait("cond_resched", shared, until)
+    if scheduler is not None:
+        scheduler.wait("cond_resched", shared, until)
     else:
         time.sleep(0)
 
@@ -109,8 +111,8 @@ class Sleeper:
 
     def sleep(self, name: str) -> None:
         """Sleep until somebody has called since :meth:`prepare`."""
-        if _scheduler is not None:
-            _scheduler.wait(name, self._shared, self._called)
+        if scheduler is not None:
+            scheduler.wait(name, self._shared, self._called)
         else:
             self._asleep.acquire()
 
@@ -135,15 +137,16 @@ class Mutex:
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        if _scheduler is not None:
-            _scheduler.wait("mutex_lock", self._shared, self._is_free)
+        if scheduler is not None:
+            scheduler.wait("mutex_lock", self._shared, self._is_free)
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError("a thread outside the scheduler holds a mutex of those inside")
         else:
             self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        preemption_point("mutex_unlock", self._shared, True)
+        if scheduler is not None:
+            scheduler.point("mutex_unlock", self._shared, True)
         self._lock.release()
 
     def _is_free(self) -> bool:
@@ -151,11 +154,11 @@ class Mutex:
 
 
 @contextmanager
-def scheduled_by(scheduler: Scheduler) -> Iterator[None]:
-    """Have ``scheduler`` decide, in the whole process, until the context is left."""
-    global _scheduler
-    before, _scheduler = _scheduler, scheduler
+def scheduled_by(decides: Scheduler) -> Iterator[None]:
+    """Have this one decide, in the whole process, until the context is left."""
+    global scheduler
+    before, scheduler = scheduler, decides
     try:
         yield
     finally:
-        _scheduler = before
+        scheduler = before

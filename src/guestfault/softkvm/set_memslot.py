@@ -5,10 +5,10 @@ frames pass for MMIO before they have been.  So the kernel publishes it three ti
 same slot marked ``KVM_MEMSLOT_INVALID``, on which page faults are retried; then come the zap and
 the flush of the TLBs; then the list without it, or with it in its new place.
 
-The kernel waits between the steps until nobody reads an older list any more (SRCU).  Here nobody
-is waited for.  A fault in flight is told in two ways that what it read is old: every step that
-takes something away advances ``mmu_invalidate_seq``, which a fault that found a slot compares; a
-fault that found none leaves an entry with the generation of the list that it read.
+After each list is published, :mod:`guestfault.softkvm.srcu` has everybody waited for who may still
+use a slot of an older one: what comes next, be it the zap or userspace that unmaps the memory,
+meets no fault in flight that found the slot.  One that found *no* slot may still leave an entry
+that says so, and that has the generation of the list that it read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs
 from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, KvmMemorySlot
 from guestfault.softkvm.page_track import kvm_page_track_flush_slot
 from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.srcu import synchronize_srcu
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["kvm_set_memslot"]
@@ -46,9 +47,10 @@ def kvm_invalidate_memslot(kvm: Kvm, old: KvmMemorySlot) -> KvmMemorySlot:
 def kvm_swap_active_memslots(
     kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None
 ) -> None:
-    """Publish the next list."""
+    """Publish the next list; when it returns, nobody uses the one before."""
     preemption_point("kvm_swap_active_memslots: publish the slots", "memslots", True)
     kvm.memslots = kvm.memslots.replaced(old, new)
+    synchronize_srcu(kvm)
 
 
 def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:

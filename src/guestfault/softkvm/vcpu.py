@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.errors import KvmError
+from guestfault.softkvm import preempt
 from guestfault.softkvm.async_pf import kvm_clear_async_pf_completion_queue
 from guestfault.softkvm.cpu import Cpu
 from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill, translate
@@ -16,7 +17,6 @@ from guestfault.softkvm.kvm_host import (
     Kvm,
     KvmVcpu,
     Request,
-    kvm_check_request,
     kvm_make_request,
     kvm_vcpu_kick,
     vcpu_load,
@@ -24,10 +24,11 @@ from guestfault.softkvm.kvm_host import (
 )
 from guestfault.softkvm.lapic import APIC_BASE_BSP, KvmLapic
 from guestfault.softkvm.msr import read_msr, write_msr
-from guestfault.softkvm.preempt import Mutex
+from guestfault.softkvm.preempt import Mutex, preemption_point
 from guestfault.softkvm.processor import GPRS, Access, Hooks
 from guestfault.softkvm.refusal import AccessFailed, Retry
 from guestfault.softkvm.shadow_fault import kvm_mmu_create
+from guestfault.softkvm.srcu import kvm_vcpu_srcu_read_lock, kvm_vcpu_srcu_read_unlock
 from guestfault.softkvm.x86 import kvm_arch_vcpu_ioctl_run
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import AccessKind, Translation
@@ -46,11 +47,11 @@ class SoftVcpu:
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         area = bytearray(RUN_AREA_SIZE)
         self._view = memoryview(area)
-        self._mutex = Mutex(("mutex", vcpu_id))  # vcpu->mutex: one ioctl at a time
         self._kick_lock = threading.RLock()  # a signal handler may kick in the midst of run()
         self._kicked = False
         self._closed = False
         self.arch = KvmVcpu(kvm, vcpu_id, kvm_run_v5.from_buffer(area), self._view)
+        self._mutex = Mutex(self.arch.shared)  # vcpu->mutex: one ioctl at a time
         if not kvm.tdp_enabled:
             kvm_mmu_create(self.arch)
         self.arch.cpu = (kvm.make_processor or Cpu)(Hooks(self._on_tlb_miss, self._fetch))
@@ -91,36 +92,52 @@ class SoftVcpu:
             if self._closed:
                 return -errno.EBADF
             vcpu_load(vcpu)
-            vcpu.thread = threading.get_ident()
+            vcpu.srcu_seq |= 1  # kvm_vcpu_srcu_read_lock(), behind the same point as the mutex
+            vcpu.in_run = True
             try:
                 ret = kvm_arch_vcpu_ioctl_run(vcpu)
             finally:
-                vcpu.thread = None
+                if preempt.scheduler is not None:
+                    preemption_point("kvm_arch_vcpu_ioctl_run: leave", vcpu.shared, True)
+                vcpu.srcu_seq += vcpu.srcu_seq & 1  # kvm_vcpu_srcu_read_unlock()
+                vcpu.in_run = False
+                if self._kicked:  # set before in_run is read: none is overlooked
+                    self._end_kick(ret)
                 vcpu_put()
-                with self._kick_lock:
-                    kvm_check_request(vcpu, Request.SIGNAL)
-                    if ret == -errno.EINTR and self._kicked:
-                        self._kicked = False
-                        vcpu.run.immediate_exit = 0
         return ret
 
     def kick(self) -> None:
         """Make :meth:`run` return -EINTR: see :meth:`guestfault.kvm.protocols.Vcpu.kick`."""
-        with self._kick_lock:
+        vcpu = self.arch
+        preemption_point("kick: is the vCPU in KVM_RUN", vcpu.shared, True)
+        with self._kick_lock:  # which must not be held where a point is
             self._kicked = True
-            self.arch.run.immediate_exit = 1
-            if self.arch.thread is not None:
-                kvm_make_request(self.arch, Request.SIGNAL)
-                kvm_vcpu_kick(self.arch)
+            vcpu.run.immediate_exit = 1
+            if not vcpu.in_run:
+                return
+            vcpu.requests.add(Request.SIGNAL)
+        kvm_vcpu_kick(vcpu)
+
+    def _end_kick(self, ret: int) -> None:
+        """KVM_RUN has ended, with this result: a kick holds until one ends with -EINTR."""
+        with self._kick_lock:
+            self.arch.requests.discard(Request.SIGNAL)
+            if ret == -errno.EINTR:
+                self._kicked = False
+                self.arch.run.immediate_exit = 0
 
     # -- the processor's questions: KVM answers outside guest mode ---------------------------------
 
     def _on_tlb_miss(self, gva: int, access: int) -> tuple[int, int] | None:
-        vcpu = self.arch
+        vcpu = self.arch  # a modelled processor has just come to a point that names vcpu.shared
         vcpu.in_guest_mode = False
-        vcpu.refresh_cpl()
+        vcpu.srcu_seq |= 1
+        vcpu.cpl = vcpu.cpu.read_cs() & 3 if vcpu.protected else 0  # refresh_cpl()
         vcpu.refused_page = None
         answer = tlb_fill(vcpu, gva, access)
+        if preempt.scheduler is not None:
+            preemption_point("vcpu_enter_guest: enter after a TLB miss", vcpu.shared, True)
+        vcpu.srcu_seq += 1
         vcpu.in_guest_mode = True
         if answer is None:
             vcpu.refused_fetch = gva if access == _FETCH else None
@@ -134,11 +151,14 @@ class SoftVcpu:
     def _fetch(self, linear: int, size: int) -> bytes | None:
         vcpu = self.arch
         vcpu.in_guest_mode = False
+        vcpu.srcu_seq |= 1
         vcpu.refresh_cpl()
         code = None
         # If it fails, the code has been taken away since it was translated.
         with contextlib.suppress(AccessFailed):
             code = read_guest_virt(vcpu, linear, size, fetch=True)
+        preemption_point("vcpu_enter_guest: enter after a fetch", vcpu.shared, True)
+        vcpu.srcu_seq += 1
         vcpu.in_guest_mode = True
         # Whoever made a request saw us outside guest mode, and will not stop us.
         return None if vcpu.requests else code
@@ -261,13 +281,13 @@ class SoftVcpu:
         with self._ioctl(name):
             vcpu = self.arch
             vcpu_load(vcpu)
-            vcpu.emulating = True
+            kvm_vcpu_srcu_read_lock(vcpu)
             try:
                 if vcpu.sregs_changed:
                     vcpu.load_sregs()
                 yield vcpu
             finally:
-                vcpu.emulating = False
+                kvm_vcpu_srcu_read_unlock(vcpu)
                 vcpu_put()
 
 

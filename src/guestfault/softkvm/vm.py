@@ -12,7 +12,7 @@ from guestfault.softkvm.capabilities import (
     may_enable,
     valid_slot_flags,
 )
-from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs
+from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs, kvm_get_running_vcpu
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
 from guestfault.softkvm.processor import MakeProcessor
@@ -82,11 +82,21 @@ class SoftVm:
         *,
         userfault_bitmap: int = 0,
     ) -> None:
-        """``KVM_SET_USER_MEMORY_REGION``; its successor for one with a ``userfault_bitmap``."""
+        """``KVM_SET_USER_MEMORY_REGION``; its successor for one with a ``userfault_bitmap``.
+
+        It waits for every fault in flight, as the kernel does (:mod:`guestfault.softkvm.srcu`), and
+        so for a page that a vCPU sleeps for.  EDEADLK where the kernel would never come to: in a
+        signal handler while its thread is in KVM_RUN.
+        """
         mem = uapi.kvm_userspace_memory_region(
             slot, flags, guest_phys_addr, memory_size, userspace_addr
         )
         kvm = self.kvm
+        running = kvm_get_running_vcpu()
+        if running is not None and running.kvm is kvm and running.srcu_seq & 1:
+            # It would wait for the very thread that it is on.
+            text = f"called in the midst of vCPU {running.vcpu_id}'s KVM_RUN, by a signal handler"
+            raise KvmError("KVM_SET_USER_MEMORY_REGION", errno.EDEADLK, text)
         with kvm.slots_lock:
             r, old, new = kvm_set_memory_region(
                 kvm.memslots,

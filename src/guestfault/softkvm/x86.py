@@ -27,7 +27,7 @@ from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
 from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, Memslots
-from guestfault.softkvm.preempt import cond_resched
+from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import REFUSED, Stop, StopKind
 from guestfault.softkvm.refusal import (
     AccessFailed,
@@ -37,6 +37,7 @@ from guestfault.softkvm.refusal import (
     Refusal,
     Retry,
 )
+from guestfault.softkvm.srcu import srcu_cond_resched
 from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
 from guestfault.uapi import kvm as uapi
 
@@ -56,6 +57,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu) -> int:
         r = _handled(vcpu, complete)
         if r <= 0:
             return r
+        preemption_point("kvm_arch_vcpu_ioctl_run: look at immediate_exit", vcpu.shared)
     if vcpu.run.immediate_exit:
         kvm_check_request(vcpu, Request.SIGNAL)
         return -errno.EINTR  # exit_reason is left as it was, as in the kernel
@@ -77,7 +79,9 @@ def vcpu_run(vcpu: KvmVcpu) -> int:
     """Enter the guest, or sleep while it is halted, until a handler wants userspace."""
     vcpu_run_begin(vcpu)
     while True:
-        r = vcpu_enter_guest(vcpu) if kvm_vcpu_running(vcpu) else vcpu_block(vcpu)
+        # Nothing is ever halted without an APIC.
+        running = vcpu.apic is None or kvm_vcpu_running(vcpu)
+        r = vcpu_enter_guest(vcpu) if running else vcpu_block(vcpu)
         if r <= 0:
             return r
         if kvm_check_request(vcpu, Request.SIGNAL):
@@ -88,16 +92,14 @@ def vcpu_run(vcpu: KvmVcpu) -> int:
 
 def vcpu_enter_guest(vcpu: KvmVcpu) -> int:
     """Serve the requests, deliver what is pending, run the guest once, handle its exit."""
-    vcpu.emulating = True
-    try:
+    unready = vcpu.mapped_memslots is not vcpu.kvm.memslots or vcpu.sregs_changed
+    if vcpu.requests or unready:
         r = _serve_requests(vcpu)
         if r is not None:
             return r
-        if vcpu.apic is None and vcpu.pending_exception is None:
-            return _run_guest(vcpu)
-        return _handled(vcpu, lambda: _inject_or_run(vcpu))
-    finally:
-        vcpu.emulating = False
+    if vcpu.apic is None and vcpu.pending_exception is None:
+        return _run_guest(vcpu)
+    return _handled(vcpu, lambda: _inject_or_run(vcpu))
 
 
 def _serve_requests(vcpu: KvmVcpu) -> int | None:
@@ -147,14 +149,18 @@ def _run_guest(vcpu: KvmVcpu) -> int:
         stop = step(vcpu)
     else:
         stop = _execute(vcpu, cpu.run if vcpu.system_page is None else cpu.step)
-    if stop is not REFUSED:
-        # What is granted to the processor's own accesses is for one instruction only.
-        vcpu.system_page = None
-    if stop is REFUSED and _fetched_ahead(vcpu):
+    if stop is REFUSED and vcpu.refused_fetch is not None and _fetched_ahead(vcpu):
         stop = _execute(vcpu, cpu.step)
     vcpu.stat.exits += 1
     if stop is REFUSED:
-        return _after(vcpu, refine(vcpu, vcpu.refusal))
+        refusal = vcpu.refusal
+        if type(refusal) is GuestException:
+            refusal = refine(vcpu, refusal)
+        else:
+            vcpu.system_page = None
+        return _after(vcpu, refusal)
+    # What is granted to the processor's own accesses is for one instruction only.
+    vcpu.system_page = None
     if stop.kind in (StopKind.REQUESTED, StopKind.STEPPED):
         return 1
     return _handle_exit(vcpu, stop)
@@ -206,7 +212,6 @@ def _planted(vcpu: KvmVcpu) -> int:
 
 def _handled(vcpu: KvmVcpu, handler: Callable[[], int]) -> int:
     """Run a handler that accesses guest memory, and deal with an access that fails."""
-    emulating, vcpu.emulating = vcpu.emulating, True
     try:
         return handler()
     except AccessFailed as failed:
@@ -214,21 +219,19 @@ def _handled(vcpu: KvmVcpu, handler: Callable[[], int]) -> int:
             text = f"memory at {failed.refusal.gpa:#x} is not in a slot"
             return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
         return _after(vcpu, failed.refusal)
-    finally:
-        vcpu.emulating = emulating
 
 
 def _after(vcpu: KvmVcpu, refusal: Refusal | None) -> int:
     """What follows from an access that did not go through."""
+    if type(refusal) is Exit:
+        return refusal.result
     match refusal:
-        case Exit(result):
-            return result
         case GuestException():
             return kvm_queue_exception(vcpu, refusal)
         case Emulate():
             return _handled(vcpu, lambda: x86_emulate_instruction(vcpu, refusal))
         case Retry():
-            cond_resched("mmu", lambda: _has_settled(vcpu))
+            srcu_cond_resched(vcpu, "mmu", lambda: _has_settled(vcpu))
     return 1
 
 

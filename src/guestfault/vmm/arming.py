@@ -44,6 +44,10 @@ class TracepointArming:
             return  # every fault is decoded then
         self._locators.tracepoint = self._armed.locate
 
+    def locator(self) -> TracepointLocator | None:
+        """The thread's locator, while it is listened to."""
+        return self._armed
+
     def disarm(self) -> None:
         """The thread ends: its tracepoints end with it, and the next thread may have its own."""
         self._bare = 0

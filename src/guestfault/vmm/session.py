@@ -71,8 +71,10 @@ class Session:
     Without it, it is the one that the KVM's capabilities tell
     (:func:`guestfault.dialect.interface.probe`), which some versions cannot be known by.
 
-    Raises :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode``, and
-    :class:`~guestfault.errors.KvmError` if the KVM refuses what belongs to ``dialect``.
+    ``loop`` chooses who resolves failed accesses (:mod:`guestfault.vmm.compiled`).
+
+    Raises :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode`` or ``loop``,
+    and :class:`~guestfault.errors.KvmError` if the KVM refuses what belongs to ``dialect``.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Session:
         self.system = system
         self.snapshot = snapshot
         self.mode = mode
+        self.why_plain: Unavailable | None = None  # loop, where the compiled one would serve
         self._source = source
         self._undo: list[Callable[[], None]] = []
         self._stopping = False
@@ -105,9 +108,7 @@ class Session:
             self.close()
             raise
 
-    def _build(
-        self, source: PageSource, dialect: Dialect | None, locate: bool, loop: Loop
-    ) -> None:
+    def _build(self, source: PageSource, dialect: Dialect | None, locate: bool, loop: Loop) -> None:
         self.ram = GuestRam(self.snapshot.memory_size)
         self._undo.append(self.ram.close)
         self._require_vcpus(len(self.snapshot.vcpus))
@@ -157,6 +158,9 @@ class Session:
     def _loop(self, vcpu: Vcpu, locate: bool, loop: Loop) -> VcpuLoop:
         resolver = FaultResolver(vcpu, self.pager, self.slots)
         locators = arming = compiled = None
+        if loop is Loop.COMPILED and not locate:
+            why = "in this mode no vCPU resolves a failed access"
+            raise Unavailable("the compiled loop", why, "use --mode exit --locate all")
         if locate:
             locators = Locators(vcpu, self.slots, self._decode_locator())
             arming = TracepointArming(self.system, vcpu, self.slots, locators)
@@ -167,10 +171,10 @@ class Session:
                 self.interface,
                 self.slots,
                 resolver,
-                partial(getattr, arming, "armed"),
+                arming.locator,
                 annotates=self.dialect is not None and self.dialect.missing is not None,
             )
-            self.why_plain = compiled.why_not
+            self.why_plain = self.why_plain or compiled.why_not
         return VcpuLoop(
             vcpu,
             self.interface,

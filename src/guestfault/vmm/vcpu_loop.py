@@ -27,6 +27,7 @@ from guestfault.paging.guard import FaultLoopError
 from guestfault.paging.resolver import FaultResolver
 from guestfault.paging.watchdog import Watchdog
 from guestfault.vmm.arming import TracepointArming
+from guestfault.vmm.compiled import Compiled
 from guestfault.vmm.console import GuestConsole
 from guestfault.vmm.errors import GuestStoppedError, UnlocatedFaultError
 
@@ -38,6 +39,7 @@ class VcpuLoop:
 
     ``stopping`` is asked after every interruption: with it, a failed access too is an effect of the
     stop and not a fault.  Without ``locators`` a bare failure stays without a name, and stops it.
+    With ``compiled`` most failed accesses are resolved before they come here.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class VcpuLoop:
         stopping: Callable[[], bool],
         locators: Locators | None = None,
         arming: TracepointArming | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.vcpu = vcpu
         self.resolver = resolver
@@ -59,6 +62,7 @@ class VcpuLoop:
         self._stopping = stopping
         self._locators = locators
         self._arming = arming
+        self._compiled = compiled
         self._unanswered: RamMmio | None = None
         self._silent: tuple[int, Access] | None = None
         self.watchdog = Watchdog()
@@ -78,6 +82,8 @@ class VcpuLoop:
         except GuestfaultError as error:
             self.error = error
         finally:
+            if self._compiled is not None:
+                self._compiled.leave()
             if self._arming is not None:
                 self._arming.disarm()
         return self.console.done
@@ -89,8 +95,12 @@ class VcpuLoop:
             self.resolver.resolve_ram_mmio(self._unanswered)
             self._unanswered = None
         self.watchdog.entering()
-        ret = vcpu.run()
+        entry = self._compiled.entry() if self._compiled is not None else None
+        ret = vcpu.run() if entry is None else entry.run()
         self.watchdog.left()
+        if ret is None:  # nothing but faults that have been resolved
+            self.watchdog.progress()
+            return
         match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot):
             case MemoryFault() as fault:
                 if not self._stopping():

@@ -16,7 +16,6 @@ from guestfault.explore.scripted_cpu import load, outb
 from guestfault.explore.userspace import Userspace
 from guestfault.explore.world import END_PORT, HVA, Machine
 from guestfault.fault.outcome import BareFault, MemoryFault, Outcome
-from guestfault.softkvm.preempt import preemption_point
 
 __all__ = ["SCENARIO"]
 
@@ -49,13 +48,8 @@ def _build(dialect: Dialect) -> Machine:
     vcpu = _Vmm(machine, bring_in=bring_in)
     machine.mm.pages[HVA + B].error = errno.EFAULT
 
-    def signal() -> None:
-        # Whether the vCPU is in KVM_RUN is what it finds out first.
-        preemption_point("signal: is the vCPU running", ("mutex", 0), True)
-        machine.vcpus[0].kick()
-
     machine.actors["vcpu0"] = vcpu
-    machine.actors["signal"] = signal
+    machine.actors["signal"] = machine.vcpus[0].kick
     return machine
 
 

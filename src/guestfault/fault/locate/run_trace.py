@@ -226,15 +226,16 @@ class RunTrace:
     """
 
     def __init__(self, tracefs: Tracefs, *, pages: int = 1) -> None:
-        formats = _formats(tracefs)
+        self.formats = formats = _formats(tracefs)
+        """The events that are listened to."""
         self._thread = get_ident()
-        self._sentence = Sentence.of(formats)
+        self.sentence = Sentence.of(formats)
         self._usual: Shape | None = None
         with ExitStack() as stack:
             first, *others = [
                 stack.enter_context(PerfEvent(event, overwrite=True)) for event in formats.values()
             ]
-            self._ring = first.map_overwrite(pages)
+            self.ring = first.map_overwrite(pages)
             for event in others:
                 event.write_to(first)
             for event in (first, *others):
@@ -252,12 +253,12 @@ class RunTrace:
         if get_ident() != self._thread:
             raise _not_this_thread()
         usual = self._usual
-        if usual is not None and (found := usual.read(self._ring)):
+        if usual is not None and (found := usual.read(self.ring)):
             return found
         faults = self.faults()
         if not faults:
             return None
-        shape = self._sentence.shape(self._ring)
+        shape = self.sentence.shape(self.ring)
         if shape is not None:
             self._usual = shape
         return faults[0]
@@ -270,7 +271,7 @@ class RunTrace:
         """
         if get_ident() != self._thread:
             raise _not_this_thread()
-        return self._sentence.read(self._ring)
+        return self.sentence.read(self.ring)
 
     def close(self) -> None:
         """Stop listening.  May be called again."""

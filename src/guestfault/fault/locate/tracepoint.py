@@ -69,10 +69,11 @@ class TracepointLocator:
         pages: int = 1,
     ) -> None:
         tracefs = tracefs or Tracefs.find()
-        self._meanings = meanings(system, tracefs)
+        self.meanings = meanings(system, tracefs)
+        """What the numbers of each event are on this host."""
         self._translate = translate
         self._slots = slots
-        self._trace = RunTrace(tracefs, pages=pages)
+        self.trace = RunTrace(tracefs, pages=pages)
 
     def locate(self) -> Access | None:
         """The access with which this thread's last ``KVM_RUN`` failed; ``None`` if it is not known.
@@ -84,11 +85,11 @@ class TracepointLocator:
 
         Raises :class:`RuntimeError` on another thread than the locator's own.
         """
-        failed = self._trace.failed()
+        failed = self.trace.failed()
         if failed is None:
             return None
         event, number, code = failed
-        meaning = self._meanings.get(event)
+        meaning = self.meanings.get(event)
         if meaning is None:
             return None
         kind = meaning.kind(code)
@@ -102,7 +103,7 @@ class TracepointLocator:
 
     def close(self) -> None:
         """Stop listening.  May be called again."""
-        self._trace.close()
+        self.trace.close()
 
     def __enter__(self) -> Self:
         return self

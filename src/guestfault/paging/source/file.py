@@ -37,6 +37,10 @@ class FileSource:
                 raise SourceError(offset, length, f"the file ends after {offset + done} bytes")
             done += n
 
+    def fileno(self) -> int:
+        """The descriptor: who reads as many bytes from it as he asked for has the right ones."""
+        return self._fd
+
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
