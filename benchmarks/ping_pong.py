@@ -27,7 +27,9 @@ def main() -> int:
                 print(f"{way.value}: {error}")
                 return 1
             seconds = time.monotonic() - began
-            print(f"{way.value}: {runs} runs, {vcpus} vCPUs, {faults} faults, {seconds:.1f} s: all woken")
+            print(
+                f"{way.value}: {runs} runs, {vcpus} vCPUs, {faults} faults, {seconds:.1f} s: all woken"
+            )
     return 0
 
 

@@ -285,7 +285,7 @@ def test_a_window_is_brought_in_around_what_is_there(
         assert [n for n in range(ram.pages) if filled[n]] == expected
         assert words[at.PAGES_IN] == len(expected)
         for n in expected:
-            assert pagemap.is_present(ram.guest.address + n * PAGE_SIZE)
+            assert pagemap.present(ram.guest.address + n * PAGE_SIZE)
             here = slice(n * PAGE_SIZE, (n + 1) * PAGE_SIZE)
             assert ram.bytes[here] == content[here]
         assert not hot._bring_in(words, 4), "somebody else's"

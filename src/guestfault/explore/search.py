@@ -50,7 +50,7 @@ from guestfault.explore.tally import Example, Tally
 
 __all__ = ["Bound", "Part", "PartResult", "Search", "explore", "explore_part"]
 
-PART_SIZE = 400
+PART_SIZE = 1000
 """Schedules that a part begins with; a level with no more than this is not cut."""
 
 _Link = tuple["_Link | None", int, int]

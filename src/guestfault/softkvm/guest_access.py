@@ -18,18 +18,12 @@ from guestfault.dialect.record import Site
 from guestfault.softkvm.efault import kvm_handle_efault
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, PAGE_SIZE, KvmMemorySlot
-from guestfault.softkvm.paging_tmpl import update_accessed_dirty_bits
+from guestfault.softkvm.paging_tmpl import GuestWalker, walk_addr
 from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.refusal import GuestException
 from guestfault.uapi import kvm as uapi
-from guestfault.x86.paging import AccessKind, NonCanonical, PageFault, Translation, walk, walk_from
-from guestfault.x86.registers import (
-    GP_VECTOR,
-    PF_VECTOR,
-    PFERR_FETCH_MASK,
-    PFERR_USER_MASK,
-    PFERR_WRITE_MASK,
-)
+from guestfault.x86.paging import AccessKind, PageFault, Translation, walk_from
+from guestfault.x86.registers import GP_VECTOR, PF_VECTOR
 
 __all__ = [
     "NOT_WRITABLE",
@@ -108,33 +102,14 @@ def kvm_mmu_gva_to_gpa(
 ) -> int | GuestException:
     """Walk the guest's tables in software (``FNAME(gva_to_gpa)``): the gpa, or the exception.
 
-    A table that cannot be read looks to the guest like one with nothing in it: a page fault for a
-    page that is not present.  ``system``: an access of the processor's own, at any privilege level.
+    ``system``: an access of the processor's own, at any privilege level.
     """
-    user = vcpu.cpl == 3
-    read_entry = functools.partial(_read_gpte, vcpu)
-    while True:
-        found = walk(vcpu.paging, gva, kind, user, read_entry, ac=vcpu.smap_ac, implicit=system)
-        if type(found) is Translation:
-            if not found.updates:
-                return found.gpa
-            r = update_accessed_dirty_bits(vcpu, list(found.entries), found.updates)
-            if r == 0:
-                return found.gpa
-            if r > 0:
-                continue  # an entry is another one by now
-            break
-        if type(found) is PageFault:
-            return GuestException(PF_VECTOR, found.error_code, found.gva)
-        if type(found) is NonCanonical:
-            return GuestException(GP_VECTOR, 0)
-        break
-    code = PFERR_USER_MASK if user and not system else 0
-    if kind is AccessKind.WRITE:
-        code |= PFERR_WRITE_MASK
-    elif kind is _FETCH and vcpu.paging.reports_fetch:
-        code |= PFERR_FETCH_MASK
-    return GuestException(PF_VECTOR, code, gva)
+    found = walk_addr(vcpu, gva, kind, vcpu.cpl == 3, ac=vcpu.smap_ac, implicit=system)
+    if isinstance(found, GuestWalker):
+        return found.gpa
+    if isinstance(found, PageFault):
+        return GuestException(PF_VECTOR, found.error_code, found.gva)
+    return GuestException(GP_VECTOR, 0)
 
 
 def _read_gpte(vcpu: KvmVcpu, gpa: int, size: int) -> int | None:

@@ -6,6 +6,7 @@ them and does its part.  What userspace holds are the objects of :mod:`guestfaul
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -53,6 +54,10 @@ __all__ = [
 
 MAX_PHYS_BITS = MAX_PHYS.bit_length() - 1
 
+# What cannot change is every vCPU's.
+_RETRY = Retry()
+_NO_SLOTS = Memslots()
+_RESET_PAGING = PagingState(0, 0, 0, 0)
 
 Walked = tuple[int, int, bool, int]
 """A translation: (guest physical page, rights, dirty, what was asked for)."""
@@ -196,7 +201,7 @@ class KvmVcpu:
         self.in_run = False  # a thread is in KVM_RUN with it, which a kick must end
         self.sregs = uapi.kvm_sregs()
         self.sregs_changed = True
-        self.mapped_memslots = Memslots()
+        self.mapped_memslots = _NO_SLOTS
         self.mp_state = uapi.KVM_MP_STATE_RUNNABLE
         self.async_pf = VcpuAsyncPf()
         self.apf = VcpuApf()
@@ -207,14 +212,14 @@ class KvmVcpu:
         self.emulating = True
         self.pending_exception: GuestException | None = None
         self.complete_userspace_io: Callable[[], int] | None = None
-        self.refusal: Refusal = Retry()
+        self.refusal: Refusal = _RETRY
         self.refused_page: tuple[int, int] | None = None  # linear and physical, if it got so far
         self.emulate_ctxt = EmulateCtxt()
         self.last_error = ""
         # The first stage: the registers that decide a walk, and the last tables walked to, as in a
         # processor's paging-structure caches.
         self.cpl = 0
-        self.paging = PagingState(0, 0, 0, 0)
+        self.paging = _RESET_PAGING
         self.protected = self.smap = False
         self.table_shift = 0
         self.tables: dict[int, Table] = {}
@@ -281,7 +286,7 @@ class KvmVcpu:
         """Make the processor's system registers those in :attr:`sregs`."""
         s = self.sregs
         self.cpu.load(s)
-        self.paging = PagingState(s.cr0, s.cr3, s.cr4, s.efer, maxphyaddr=MAX_PHYS_BITS)
+        self.paging = _paging_state(s.cr0, s.cr3, s.cr4, s.efer)
         self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
         self.protected, self.smap = bool(s.cr0 & CR0_PE), bool(s.cr4 & CR4_SMAP)
         self.forget_walks()
@@ -295,6 +300,12 @@ class KvmVcpu:
         if not self.sregs_changed:
             self.cpu.read_system(self.sregs)
         return self.sregs
+
+
+@functools.lru_cache(maxsize=64)
+def _paging_state(cr0: int, cr3: int, cr4: int, efer: int) -> PagingState:
+    """One for all that load the same registers: it keeps what follows from them."""
+    return PagingState(cr0, cr3, cr4, efer, maxphyaddr=MAX_PHYS_BITS)
 
 
 # A context variable, so that a coroutine can stand for a thread.

@@ -73,7 +73,7 @@ from guestfault.x86.registers import (
     PFERR_WRITE_MASK,
 )
 
-__all__ = ["PFERR_IMPLICIT_ACCESS", "gva_to_gpa", "page_fault", "walk_addr"]
+__all__ = ["PFERR_IMPLICIT_ACCESS", "GuestWalker", "gva_to_gpa", "page_fault", "walk_addr"]
 
 PFERR_IMPLICIT_ACCESS = 1 << 48
 """KVM's own: the access is the processor's to a table of its own, and RFLAGS.AC is no help."""
@@ -109,12 +109,14 @@ def walk_addr(
 ) -> GuestWalker | PageFault | NonCanonical:
     """``FNAME(walk_addr)``: walk the guest's tables for an access, and set their flags for it.
 
-    What cannot be read, or not be marked as used, is a page fault of the guest.
+    What cannot be read, or not be marked as used, is a page fault of the guest.  With NPT or EPT it
+    is the emulator's walk, and nothing is made from it.
     """
-    kvm_init_mmu(vcpu)
+    seq = 0
     while True:
-        preemption_point("FNAME(walk_addr): read the tables' sequence", _MMU)
-        seq = shadow_table(vcpu.kvm).gpte_seq
+        if vcpu.mmu is not None:
+            preemption_point("FNAME(walk_addr): read the tables' sequence", _MMU)
+            seq = shadow_table(vcpu.kvm).gpte_seq
         found = gva_to_gpa(vcpu, addr, kind, user, ac=ac, implicit=implicit)
         if not isinstance(found, Translation):
             return found
@@ -136,7 +138,8 @@ def gva_to_gpa(
     implicit: bool = False,
 ) -> Translation | PageFault | NonCanonical:
     """The walk by itself, which writes nothing."""
-    kvm_init_mmu(vcpu)
+    if vcpu.mmu is not None:
+        kvm_init_mmu(vcpu)
 
     def read_gpte(gpa: int, size: int) -> int | None:
         return _read_guest(vcpu, gpa, size)

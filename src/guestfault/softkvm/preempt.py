@@ -50,8 +50,8 @@ class Scheduler(Protocol):
 
 
 scheduler: Scheduler | None = None
-"""Who it is, if anybody.  On the hot path, where a call is felt, a point stands behind this question:
-``if preempt.scheduler is not None``."""
+"""Who it is, if anybody.  On the hot path, where a call is felt, a point stands behind the question
+whether there is one: ``if preempt.scheduler is not None``."""
 
 
 def preemption_point(name: str, shared: Hashable, write: bool = False) -> None:

@@ -51,12 +51,12 @@ class SoftVcpu:
         self._kicked = False
         self._closed = False
         self.arch = KvmVcpu(kvm, vcpu_id, kvm_run_v5.from_buffer(area), self._view)
+        self.arch.sregs = uapi.kvm_sregs.from_buffer_copy(_RESET)
         self._mutex = Mutex(self.arch.shared)  # vcpu->mutex: one ioctl at a time
         if not kvm.tdp_enabled:
             kvm_mmu_create(self.arch)
         self.arch.cpu = (kvm.make_processor or Cpu)(Hooks(self._on_tlb_miss, self._fetch))
         self.arch.cpu.write_gprs({"rip": 0xFFF0, "rflags": 2, "rdx": 0x600})
-        _reset(self.arch.sregs)
         if kvm.irqchip_in_kernel:
             self._create_lapic()
 
@@ -187,11 +187,11 @@ class SoftVcpu:
 
     def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
         """``KVM_SET_SREGS``; EINVAL for a mode that cannot be (``kvm_is_valid_sregs``)."""
-        if sregs.efer & EFER_LME and sregs.cr0 & CR0_PG:
-            valid = sregs.cr4 & CR4_PAE and sregs.efer & EFER_LMA
+        cr0, efer = sregs.cr0, sregs.efer
+        if efer & EFER_LME and cr0 & CR0_PG:
+            valid = sregs.cr4 & CR4_PAE and efer & EFER_LMA
         else:
-            valid = not sregs.efer & EFER_LMA and not sregs.cs.l
-        cr0 = sregs.cr0
+            valid = not efer & EFER_LMA and not sregs.cs.l
         if cr0 >> 32 or (cr0 & CR0_NW and not cr0 & CR0_CD) or (cr0 & CR0_PG and not cr0 & CR0_PE):
             valid = False
         if not valid:
@@ -291,8 +291,9 @@ class SoftVcpu:
                 vcpu_put()
 
 
-def _reset(s: uapi.kvm_sregs) -> None:
+def _reset() -> uapi.kvm_sregs:
     """The state of a processor after reset (SDM volume 3, table 10-1)."""
+    s = uapi.kvm_sregs()
     for name in ("es", "cs", "ss", "ds", "fs", "gs"):
         segment = getattr(s, name)
         segment.limit, segment.type, segment.s, segment.present = 0xFFFF, 3, 1, 1
@@ -301,3 +302,7 @@ def _reset(s: uapi.kvm_sregs) -> None:
     s.tr.limit, s.tr.type, s.tr.present = 0xFFFF, 11, 1
     s.gdt.limit = s.idt.limit = 0xFFFF
     s.cr0, s.apic_base = 0x60000010, 0xFEE00900
+    return s
+
+
+_RESET = _reset()
