@@ -28,7 +28,8 @@ def main() -> int:
                 return 1
             seconds = time.monotonic() - began
             print(
-                f"{way.value}: {runs} runs, {vcpus} vCPUs, {faults} faults, {seconds:.1f} s: all woken"
+                f"{way.value}: {runs} runs, {vcpus} vCPUs, {faults} faults, {seconds:.1f} s:"
+                " all woken"
             )
     return 0
 

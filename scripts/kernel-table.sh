@@ -4,8 +4,10 @@
 # The kernels: guestfault lab fetch 6.12 6.18 7.3
 set -e
 cd "$(dirname "$0")/.."
-soft="--on soft:seed --on soft:linux-6.8 --on soft:linux-6.8,npt=0 --on soft:linux-7.3
-      --on soft:linux-7.3,npt=0"
+soft=
+for dialect in linux-6.8 linux-7.3 seed; do
+	soft="$soft --on soft:$dialect --on soft:$dialect,npt=0"
+done
 kvms=$soft
 if [ "$1" != soft ]; then
 	for kernel in 6.12 6.18 7.3; do

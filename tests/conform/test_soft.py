@@ -41,6 +41,7 @@ def ask(name: str, *patterns: str, repeat: int = 1) -> Column:
         ("soft:linux-6.8", ("*/cpl3",)),
         ("soft:linux-6.8,npt=0", ("*/cpl3",)),
         ("soft:seed", ("*/cpl3",)),
+        ("soft:seed,npt=0", ("*/cpl3",)),
     ],
 )
 def test_every_case_is_as_the_table_has_it(

@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from tests.softkvm.modelled_mm import make  # noqa: F401  (a fixture)
 
 from guestfault.dialect.interface import probe
 from guestfault.errors import Unavailable
@@ -35,7 +36,6 @@ from guestfault.x86.entries import PT_PRESENT_MASK
 from guestfault.x86.registers import CR0_ET, CR4_OSFXSR
 from guestfault.x86.segments import FLAT_GDT, Segments
 from guestfault.x86.tables import Mapping, PagingMode, TableBuilder
-from tests.softkvm.modelled_mm import make  # noqa: F401  (a fixture)
 
 REAL, LONG0, LONG3 = "real", "long-cpl0", "long-cpl3"
 MODES = (REAL, LONG0, LONG3)

@@ -328,16 +328,6 @@ def test_a_slot_on_its_way_out_is_neither_memory_nor_a_device(make):
     assert one.fault(0) == RetPf.EMULATE
 
 
-def test_a_fault_with_a_slot_that_was_logged_since_does_not_map_unlogged(make):
-    """Every write to a page after the log began is in it."""
-    one = make()
-    one.all_present()
-    with at("direct_page_fault: take mmu_lock", lambda: one.slot(uapi.KVM_MEM_LOG_DIRTY_PAGES)):
-        assert one.fault(0, WRITE) == RetPf.RETRY
-    assert one.fault(0, WRITE) == RetPf.FIXED
-    assert one.vm.get_dirty_log(0)[0] == 1
-
-
 def test_an_invalidation_elsewhere_in_progress_holds_nobody_off(make):
     one = make()
     one.all_present()

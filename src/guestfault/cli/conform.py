@@ -127,9 +127,12 @@ def _list(cases: Sequence[Case]) -> None:
 
 
 def _into(path: str, document: Document) -> Document:
-    """The table that is kept there, with these columns."""
+    """The table that is kept there, with these results."""
     kept = load(path) if Path(path).exists() else Document()
     kept.take_in(document)
+    known = {case.name for case in matching([])}
+    for column in kept.columns:
+        column.cases = {name: found for name, found in column.cases.items() if name in known}
     save(kept, path)
     return kept
 

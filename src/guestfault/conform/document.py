@@ -101,10 +101,14 @@ class Document:
         return list(dict.fromkeys(name for column in self.columns for name in column.cases))
 
     def take_in(self, other: Document) -> None:
-        """Put the columns of another in, in the place of those of the same name."""
-        new = {column.name: column for column in other.columns}
-        self.columns = [new.pop(column.name, column) for column in self.columns]
-        self.columns += new.values()
+        """Put what another has in, case by case, in the place of what is here."""
+        known = {column.name: column for column in self.columns}
+        for new in other.columns:
+            if (column := known.get(new.name)) is None:
+                self.columns.append(new)
+            else:
+                column.about = new.about
+                column.cases |= new.cases
 
     def to_json(self) -> str:
         """A line for each different result of a case, with the KVMs that it came on."""

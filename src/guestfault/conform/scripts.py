@@ -85,18 +85,21 @@ def _from_the_access_on(
         last = observer.phase("again")
         phases.append(last)
     if last.blocked is not None:
-        phases.append(observer.release("mended"))
+        phases.append(_settled(observer, observer.release("mended"), bench))
     else:
         observer.arranged.mend()
         if _goes_on(last):
-            last = observer.phase("mended")
-            if last.blocked is not None:
-                last = _give_up(observer, last, bench)
-            phases.append(last)
+            phases.append(_settled(observer, observer.phase("mended"), bench))
     return _judged(Result("", word, phases), observer, bench, condition)
 
 
-def _give_up(observer: Observer, phase: Phase, bench: Bench) -> Phase:
+def _settled(observer: Observer, phase: Phase, bench: Bench) -> Phase:
+    """A last phase with nobody inside ``KVM_RUN``, and no kick on the way, when it ends."""
+    if phase.blocked is None and phase.exits[-1].word == "interrupted":
+        rest = observer.phase(phase.name)
+        phase = Phase(phase.name, [*phase.exits, *rest.exits], rest.blocked)
+    if phase.blocked is None:
+        return phase
     kicked = observer.kick()
     if kicked.blocked is not None:
         bench.abandon()
@@ -163,13 +166,13 @@ def two_vcpus(system: System, condition: Condition, access: Access, mode: Mode) 
             kicked.name = "vcpu 0: kick"
             phases.append(kicked)
         if phases[1].blocked is not None:
-            phases.append(both[1].release("vcpu 1: mended"))
+            phases.append(_settled(both[1], both[1].release("vcpu 1: mended"), bench))
         else:
             arranged.mend()
             if words[1] != COMPLETES:
-                phases.append(both[1].phase("vcpu 1: mended"))
+                phases.append(_settled(both[1], both[1].phase("vcpu 1: mended"), bench))
         if words[0] != COMPLETES:
-            phases.append(both[0].phase("vcpu 0: mended"))
+            phases.append(_settled(both[0], both[0].phase("vcpu 0: mended"), bench))
         word = words[0] if words[0] == words[1] else " + ".join(words)
         return _judged(Result("", word, phases), both[0], bench, condition)
 

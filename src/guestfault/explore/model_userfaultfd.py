@@ -37,6 +37,9 @@ __all__ = ["ModelUserfaultfd"]
 
 _SHARED = "uffd"
 _MINOR_OR_MISSING = int(Mode.MISSING | Mode.MINOR)
+# Worked out once, for each schedule makes one of these anew.
+_SIGBUS, _NO_FEATURES, _NO_IOCTLS = Feature.SIGBUS, Feature(0), Ioctl(0)
+_CONTINUE_AND_WAKE = Ioctl.CONTINUE | Ioctl.WAKE
 
 
 class _Waiter:
@@ -59,8 +62,8 @@ class ModelUserfaultfd(Userfaultfd):
     """
 
     def __init__(self, mm: ModelMm, *, sigbus: bool = False) -> None:
-        features = Feature.SIGBUS if sigbus else Feature(0)
-        super().__init__(-1, features, features, Ioctl(0))
+        features = _SIGBUS if sigbus else _NO_FEATURES
+        super().__init__(-1, features, features, _NO_IOCTLS)
         self._mm = mm
         self._sigbus = sigbus
         self._waiters: list[_Waiter] = []
@@ -103,8 +106,8 @@ class ModelUserfaultfd(Userfaultfd):
         for at in range(address, address + size, PAGE_SIZE):
             page = self._mm.pages[at]
             preemption_point("UFFDIO_REGISTER", page.key, True)
-            page.uffd, page.uffd_mode = self, mode & _MINOR_OR_MISSING
-        return Ioctl.CONTINUE | Ioctl.WAKE
+            page.uffd, page.uffd_mode = self, int(mode) & _MINOR_OR_MISSING
+        return _CONTINUE_AND_WAKE
 
     def unregister(self, address: int, size: int) -> None:
         """See :meth:`.Userfaultfd.unregister`."""

@@ -37,6 +37,7 @@ __all__ = ["GuestView", "Protected", "Registered", "Unpopulated"]
 _RW = PROT_READ | PROT_WRITE
 _EAGAIN_PAUSE = 50e-6
 _EAGAIN_LIMIT = 5.0
+_MISSING_OR_MINOR = Mode.MISSING | Mode.MINOR
 
 
 class GuestView(Protocol):
@@ -150,7 +151,7 @@ class Registered:
         self._ram = ram
         self.uffd = uffd
         try:
-            uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
+            uffd.register(ram.guest.address, ram.size, _MISSING_OR_MINOR)
         except BaseException:
             uffd.close()
             raise

@@ -286,7 +286,9 @@ class KvmVcpu:
         """Make the processor's system registers those in :attr:`sregs`."""
         s = self.sregs
         self.cpu.load(s)
-        self.paging = _paging_state(s.cr0, s.cr3, s.cr4, s.efer)
+        # Shadow paging tells by the object that the registers were loaded anew.
+        make = _paging_state if self.mmu is None else _new_paging_state
+        self.paging = make(s.cr0, s.cr3, s.cr4, s.efer)
         self.table_shift = self.paging.mode.shift(2) if s.cr0 & CR0_PG else 0
         self.protected, self.smap = bool(s.cr0 & CR0_PE), bool(s.cr4 & CR4_SMAP)
         self.forget_walks()
@@ -302,10 +304,12 @@ class KvmVcpu:
         return self.sregs
 
 
-@functools.lru_cache(maxsize=64)
-def _paging_state(cr0: int, cr3: int, cr4: int, efer: int) -> PagingState:
-    """One for all that load the same registers: it keeps what follows from them."""
+def _new_paging_state(cr0: int, cr3: int, cr4: int, efer: int) -> PagingState:
     return PagingState(cr0, cr3, cr4, efer, maxphyaddr=MAX_PHYS_BITS)
+
+
+# One for all that load the same registers: it keeps what follows from them.
+_paging_state = functools.lru_cache(maxsize=64)(_new_paging_state)
 
 
 # A context variable, so that a coroutine can stand for a thread.

@@ -17,8 +17,9 @@ annotated or bare, and :func:`direct_map` installs the entry.
 
 The race with an invalidation is Linux's ``mmu_invalidate_seq``: a fault notes the sequence, looks
 the page up without the lock, takes the lock, and starts again if something was zapped in between.
-The kernel reads it just before it looks for the page, here it is read first of all: see
-:mod:`guestfault.softkvm.set_memslot`.  Nothing is allocated beforehand for the time under the lock
+The kernel reads it just before it looks for the page, here it is read first of all, for zapping a
+slot advances it, too.  A slot that is found stays good for as long as the fault lasts
+(:mod:`guestfault.softkvm.srcu`).  Nothing is allocated beforehand for the time under the lock
 (``mmu_topup_memory_caches``), and the table does not grow too large (``make_mmu_pages_available``
 is shadow paging's).
 """

@@ -130,12 +130,11 @@ class SecondStage:
     def remove_write_access(self, slot: KvmMemorySlot) -> bool:
         """``kvm_mmu_slot_remove_write_access``: a dirty log begins; whether to flush TLBs.
 
-        Faults in flight began without the log, and would make a page writable unlogged: they look
-        again.  (The kernel waits for them, with SRCU, before it comes here.)
+        Faults that found the slot without the log, and would make a page writable unlogged, are
+        over: they were waited for when the slot with the log was published.
         """
         preemption_point("kvm_mmu_slot_remove_write_access: take mmu_lock", _MMU, True)
         with self.mmu_lock:
-            self.mmu_invalidate_seq += 1
             return self._write_protect(range(slot.base_gfn, slot.base_gfn + slot.npages))
 
     def get_dirty_log(self, slot: KvmMemorySlot) -> tuple[bytes, bool]:

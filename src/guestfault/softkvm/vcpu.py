@@ -201,7 +201,8 @@ class SoftVcpu:
                 f"no such mode: cr0 {sregs.cr0:#x}, cr4 {sregs.cr4:#x}, efer {sregs.efer:#x},"
                 f" cs.l {sregs.cs.l}",
             )
-        with self._ioctl("KVM_SET_SREGS"):
+        with self._mutex:
+            self._check_open("KVM_SET_SREGS")
             vcpu = self.arch
             vcpu.sregs = uapi.kvm_sregs.from_buffer_copy(sregs)
             vcpu.sregs_changed = True
@@ -271,9 +272,12 @@ class SoftVcpu:
     def _ioctl(self, name: str) -> Iterator[None]:
         """One at a time, and none on a closed vCPU: :class:`KvmError` with EBADF."""
         with self._mutex:
-            if self._closed:
-                raise KvmError(name, errno.EBADF, f"vCPU {self.vcpu_id} is closed")
+            self._check_open(name)
             yield
+
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise KvmError(name, errno.EBADF, f"vCPU {self.vcpu_id} is closed")
 
     @contextlib.contextmanager
     def _loaded(self, name: str) -> Iterator[KvmVcpu]:
