@@ -1,5 +1,6 @@
 import ctypes
 import errno
+import os
 from mmap import PAGESIZE
 
 import pytest
@@ -197,3 +198,25 @@ def test_the_chain_hears_before_and_after_each_change(ram):
     finally:
         mmu_notifier.unregister(witness)
         pagemap.close()
+
+
+def test_a_part_is_unmapped_and_mapped_again_with_its_content() -> None:
+    with Memfd("test", 3 * PAGESIZE) as memfd, Mapping.from_memfd(memfd) as mapping:
+        os.pwrite(memfd.fd, b"here", PAGESIZE)
+        mapping.unmap(PAGESIZE, PAGESIZE)
+        assert mapping.populate_read(PAGESIZE, PAGESIZE) == -errno.ENOMEM
+        mapping.map_again(PAGESIZE, PAGESIZE)
+        assert bytes(mapping.view()[PAGESIZE : PAGESIZE + 4]) == b"here"
+
+
+def test_what_is_mapped_is_not_mapped_over() -> None:
+    with Mapping.anonymous(PAGESIZE) as mapping, pytest.raises(KernelError, match="EEXIST"):
+        mapping.map_again(0, PAGESIZE)
+
+
+def test_a_file_that_is_open_already_is_mapped() -> None:
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, PAGESIZE)
+    with Memfd.adopt(fd, "test", PAGESIZE) as memfd, Mapping.from_memfd(memfd) as mapping:
+        os.pwrite(fd, b"x", 0)
+        assert mapping.view()[0] == ord("x")

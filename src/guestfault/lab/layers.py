@@ -62,7 +62,7 @@ _NOT_INSIDE = frozenset(
 )
 # Their libraries weigh much, and there is no screen, no network and no disk.
 _NO_MODULE = re.compile(
-    r"(_test|_xx|xx|_ctypes_test|_tkinter|_sqlite3|_ssl|_dbm|_gdbm|_curses|readline|nis)[\w-]*\."
+    r"(_test|_xx|xx|_ctypes_test|_tkinter|_sqlite3|_dbm|_gdbm|_curses|readline|nis)[\w-]*\."
 )
 _UNCHECKED = (0b01).to_bytes(4, "little")  # PEP 552: by hash, and not to be compared with a source
 _ENTRY_POINT = f"""\
