@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Writes the table and the schedules of docs/answer.md anew: ``scripts/answer.py [JSON...]``.
 
-Each JSON is what one of :data:`RUNS` prints, in their order; without them they
-are run first, which takes some minutes.
+Each JSON is what one of :data:`RUNS` prints, in their order; without them these are run first.
 """
 
 from __future__ import annotations
