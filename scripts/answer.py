@@ -59,8 +59,8 @@ def table(explored: dict[str, Any], cells: dict[tuple[str, str], dict[str, Any]]
     assert all(cell["exhausted"] or not cell["beyond"] for cell in searched), "raise the limit"
     lines += [
         "",
-        f"{schedules:,} schedules in {len(searched)} cells, each exhausted: with up to one preemption",
-        "no other order of events is left to try.",
+        f"{schedules:,} schedules in {len(searched)} cells, each exhausted:",
+        "with up to one preemption no other order of events is left to try.",
     ]
     return "\n".join(lines) + "\n"
 
