@@ -39,7 +39,7 @@ def functions_of_the_thread() -> Iterator[tuple[str, str]]:
             yield file, name
 
 
-@pytest.mark.parametrize(("file", "name"), functions_of_the_thread())
+@pytest.mark.parametrize(("file", "name"), [*functions_of_the_thread()])
 def test_the_thread_s_functions_are_where_the_page_says(file: str, name: str) -> None:
     places = [ROOT / file, SOURCE / file, SOURCE / "softkvm" / file]
     text = next((place.read_text() for place in places if place.exists()), "")

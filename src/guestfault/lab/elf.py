@@ -91,7 +91,7 @@ def _section(data: bytes, wanted: bytes) -> bytes:
         at, size, count, names = _SECTIONS_AT.unpack_from(data)
         sections = [_SECTION.unpack_from(data, at + n * size) for n in range(count)]
         strings = sections[names][4]
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         return b""
     for section in sections:
         name = strings + section[0]
