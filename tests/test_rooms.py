@@ -31,7 +31,6 @@ ROOMS = (
     "paging",
     "guest",
     "vmm",
-    "conform",
     "explore",
     "scale",
     "explain",
