@@ -1,7 +1,8 @@
 /*
  * The loop of guestfault/paging/hot.py and the reader of hot_reader.py, in C, on the same words:
  * what numba's code is measured against.  The places of the words come as -D options from
- * guestfault/paging/hot_words.py, so the two cannot differ in what they are told.
+ * guestfault/paging/hot_words.py, so the two cannot differ in what they are told; a library says
+ * which places it was built for.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,6 +17,8 @@
 #include <unistd.h>
 
 typedef int64_t word;
+
+const int hot_built_for = BUILT_FOR;
 
 static word now(void)
 {
@@ -204,4 +207,42 @@ word hot_serve(word *w, word *histogram)
 			record(w, histogram, now() - began);
 		}
 	}
+}
+
+/* What a fault is made of; nanoseconds, or -1 if one of the calls ended otherwise. */
+
+word hot_round_trips(word vcpu, word times, word expected)
+{
+	word began = now();
+
+	while (times--)
+		if ((ioctl(vcpu, KVM_RUN, 0) < 0 ? errno : 0) != expected)
+			return -1;
+	return now() - began;
+}
+
+word hot_walk(word *w, word first, word pages)
+{
+	word in_kvm_run = 0;
+
+	for (word page = first; page < first + pages; page++) {
+		word entered = now();
+
+		if (!ioctl(w[VCPU_FD], KVM_RUN, 0) || errno != EFAULT)
+			return -1;
+		in_kvm_run += now() - entered;
+		if (let_in(w, page))
+			return -1;
+	}
+	return in_kvm_run;
+}
+
+word hot_let_in(word *w, word first, word pages)
+{
+	word began = now();
+
+	for (word page = first; page < first + pages; page++)
+		if (let_in(w, page))
+			return -1;
+	return now() - began;
 }
