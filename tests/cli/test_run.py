@@ -138,7 +138,8 @@ def test_uffd_on_the_software_kvm(taken: Snapshot) -> None:
 @pytest.mark.parametrize(("dialect", "how"), [("seed", "annotated"), ("linux-6.8", "bare")])
 def test_without_two_dimensional_paging(taken: Snapshot, dialect: str, how: str) -> None:
     """Shadow page tables: the guest's own are brought in first, every other page by its fault."""
-    done = run("--kvm", "soft", "--npt", 0, "--dialect", dialect, "--json", taken.path)
+    one_by_one = ("--fault-around", "off")
+    done = run("--kvm", "soft", "--npt", 0, "--dialect", dialect, *one_by_one, "--json", taken.path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["verdict"] == "right"
@@ -162,6 +163,32 @@ def test_uffd_on_the_real_kvm(taken: Snapshot) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads(done.stdout)
     assert (document["kvm"], document["verdict"]) == ("/dev/kvm", "right")
+
+
+@pytest.mark.parametrize("mode", ["exit", "uffd"])
+def test_fewer_faults_by_windows_of_a_chosen_size(tmp_path: Path, mode: str) -> None:
+    if mode == "uffd":
+        need_uffd()
+    guest = build(tmp_path / "guest", 4 << 20, GuestMode.LONG_CPL3, Walk.SEQUENTIAL).path
+    demanded = {}
+    for window in ("off", "1", "4", "64", None):
+        words = ("--fault-around", window) if window else ()
+        done = run("--kvm", "soft", "--mode", mode, *words, "--json", guest)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        around = document["ahead"]["around"]["pages"]
+        demanded[window] = document["demanded"]
+        assert document["eager_pages"] + demanded[window] + around == document["pages_in"] == 1024
+        assert (around == 0) == (window in ("off", "1"))
+    assert demanded["off"] == demanded["1"]
+    assert demanded[None] * 5 < demanded["4"] * 2 < demanded["off"]
+    assert demanded["64"] < demanded[None]
+
+
+@pytest.mark.parametrize("window", ["0", "3", "on", "-1", "1024", "64K", ""])
+def test_a_window_that_cannot_be(taken: Snapshot, window: str) -> None:
+    says = complaint(run(f"--fault-around={window}", taken.path))
+    assert says.startswith(f"--fault-around {window}: use off, or a power of two up to 512")
 
 
 def test_a_released_kernel_announces_no_dialect_that_was_not_merged(taken: Snapshot) -> None:
@@ -454,7 +481,7 @@ def test_ctrl_c_ends_it_within_a_second_with_the_report_so_far(
     if "kvm" in words:
         need_kvm()
     process = subprocess.Popen(
-        [*COMMAND, *words, "--json", large],
+        [*COMMAND, *words, "--fault-around", "off", "--json", large],  # not to be done too soon
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -479,7 +506,7 @@ def test_ctrl_c_ends_it_within_a_second_with_the_report_so_far(
 def test_on_a_terminal_progress_is_one_line_that_the_report_replaces(large: Path) -> None:
     with terminal() as (theirs, shown):
         process = subprocess.Popen(
-            [*COMMAND, "--kvm", "soft", large],
+            [*COMMAND, "--kvm", "soft", "--fault-around", "off", large],
             stdout=subprocess.PIPE,
             stderr=theirs,
             text=True,

@@ -25,12 +25,14 @@ class CountingSource:
         self.broken: set[int] = set()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        page = offset // PAGE_SIZE
-        self.reads[page] += 1
-        if page in self.broken:
-            buffer[: len(buffer) // 2] = b"\xee" * (len(buffer) // 2)
-            raise SourceError(offset, len(buffer), "gone")
-        buffer[:] = bytes([page + 1]) * len(buffer)
+        for at in range(0, len(buffer), PAGE_SIZE):
+            page = (offset + at) // PAGE_SIZE
+            self.reads[page] += 1
+            if page in self.broken:
+                half = PAGE_SIZE // 2
+                buffer[at : at + half] = b"\xee" * half
+                raise SourceError(offset, len(buffer), "gone")
+            buffer[at : at + PAGE_SIZE] = bytes([page + 1]) * PAGE_SIZE
 
 
 @pytest.fixture

@@ -4,30 +4,31 @@ import pytest
 
 from guestfault.fault.access import Access, FoundBy
 from guestfault.paging.guard import FaultLoopError, RepeatGuard
+from guestfault.uapi.kvm_x86 import kvm_regs
 
 LIMIT = 4
 
 
-class Rip:
-    """Where a vCPU stands, and how often it was asked."""
+class Registers:
+    """A vCPU's, and how often it was asked for them."""
 
     def __init__(self) -> None:
-        self.value = 0x1000
+        self.now = kvm_regs(rip=0x1000)
         self.reads = 0
 
-    def __call__(self) -> int:
+    def __call__(self) -> kvm_regs:
         self.reads += 1
-        return self.value
+        return self.now
 
 
 @pytest.fixture
-def rip() -> Rip:
-    return Rip()
+def registers() -> Registers:
+    return Registers()
 
 
 @pytest.fixture
-def guard(rip: Rip) -> RepeatGuard:
-    return RepeatGuard(3, rip, LIMIT)
+def guard(registers: Registers) -> RepeatGuard:
+    return RepeatGuard(3, registers, LIMIT)
 
 
 def access(gpa: int) -> Access:
@@ -58,30 +59,37 @@ def test_another_page_in_between_starts_the_count_again(guard: RepeatGuard) -> N
         guard.saw(access(0x6000))
 
 
-def test_another_rip_starts_the_count_again(guard: RepeatGuard, rip: Rip) -> None:
+@pytest.mark.parametrize("name", ["rip", "rdi", "rax", "r15", "rflags"])
+def test_any_register_that_has_moved_starts_the_count_again(
+    guard: RepeatGuard, registers: Registers, name: str
+) -> None:
+    """With RIP alone, a loop over pages whose faults all go to the page of the code would stop."""
     for _ in range(5 * LIMIT):
         guard.saw(access(0x5000))
-        rip.value += 4
+        setattr(registers.now, name, getattr(registers.now, name) + 4)
 
 
-def test_a_loop_that_begins_after_a_change_of_rip_is_still_found(
-    guard: RepeatGuard, rip: Rip
+@pytest.mark.parametrize("name", ["rip", "rcx"])
+def test_a_loop_that_begins_after_a_change_is_still_found(
+    guard: RepeatGuard, registers: Registers, name: str
 ) -> None:
     for _ in range(LIMIT):
         guard.saw(access(0x5000))
-    rip.value += 4
+    setattr(registers.now, name, 4)
     for _ in range(LIMIT):
         guard.saw(access(0x5000))
     with pytest.raises(FaultLoopError):
         guard.saw(access(0x5000))
 
 
-def test_rip_is_read_from_the_second_fault_on_a_page_on(guard: RepeatGuard, rip: Rip) -> None:
+def test_registers_are_read_from_the_second_fault_on_a_page_on(
+    guard: RepeatGuard, registers: Registers
+) -> None:
     for page in range(10):
         guard.saw(access(page * 4096))
-    assert rip.reads == 0
+    assert registers.reads == 0
     guard.saw(access(9 * 4096))
-    assert rip.reads == 1
+    assert registers.reads == 1
 
 
 def test_accesses_whose_address_is_unknown_are_never_the_same(guard: RepeatGuard) -> None:

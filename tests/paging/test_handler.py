@@ -222,3 +222,25 @@ def test_stopping_twice_and_closing_twice_does_no_harm(served: Served) -> None:
     served.handler.stop()
     served.handler.close()
     served.handler.close()
+
+
+def test_around_a_fault_for_each_thread_by_what_it_did_before(
+    ram, view, source, monkeypatch
+) -> None:
+    monkeypatch.setattr("guestfault.paging.pager.draw", lambda _run, _asked=None: None)
+    served = Served(ram, view, Pager(ram, view, source))
+    served.handler.close()
+    served.handler = UserfaultHandler(
+        served.pager, view, served._on_failure, fault_around=8, parts=[range(ram.pages)]
+    )
+    served.handler.start()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for page in range(8):
+            for who, at in ((one, page), (other, 8 + page)):
+                address = ram.guest.address + at * PAGE_SIZE
+                seen = who.submit(process_memory.read, address, PAGE_SIZE).result(10)
+                assert seen == bytes([at + 1]) * PAGE_SIZE
+    served.handler.stop()
+    assert served.handler.account.userfault == 8  # at 0, 1, 2 and 4, and as many
+    assert source.reads == dict.fromkeys(range(16), 1)
+    served.close()

@@ -21,8 +21,10 @@ from guestfault.linux.tracefs import EventFormat
 from guestfault.memory.ram import PAGE_SIZE, GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.memory.view import Registered
-from guestfault.paging import hot
+from guestfault.paging import hot, hot_around
 from guestfault.paging import hot_words as at
+from guestfault.paging.ahead import IN
+from guestfault.paging.around import FaultAround, slot_pages
 from guestfault.paging.claims import SharedClaims
 from guestfault.paging.histogram import BUCKETS, LatencyHistogram
 from guestfault.paging.hot_loop import blank_words, describe_memory, describe_trace
@@ -254,14 +256,24 @@ def test_a_page_whose_source_fails_can_be_claimed_again(ram, view, source) -> No
     assert claims.take(5)
 
 
+def a_lot_that_draws(page: int | None, first: int, end: int, asked: int) -> int:
+    """A state of the generator after which that page is drawn, or none."""
+    words = blank_words(0)
+    for lot in range(100_000):
+        words[at.LOT] = lot << 40
+        if hot_around.draw(words, first, end, asked) == (-1 if page is None else page):
+            return lot << 40
+    raise AssertionError(f"page {page} is never drawn")
+
+
 # -- bringing in ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [at.SOURCE_MEMORY, at.SOURCE_FILE])
 @pytest.mark.parametrize("in_cache", [False, True])
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize(("window", "withheld"), [(1, None), (4, None), (4, 5), (4, 7)])
 def test_a_window_is_brought_in_around_what_is_there(
-    ram, tmp_path, pagemap, kind, in_cache, window
+    ram, tmp_path, pagemap, kind, in_cache, window, withheld
 ) -> None:
     """Pages of the window that others have claimed are left alone, and their bytes with them."""
     content = b"".join(bytes([n + 1]) * PAGE_SIZE for n in range(ram.pages))
@@ -274,26 +286,85 @@ def test_a_window_is_brought_in_around_what_is_there(
         if in_cache:
             ram.bytes[6 * PAGE_SIZE] = 0  # a page of zeros, in nobody's claim
         claims = SharedClaims(filled := bytearray(ram.pages), (4,))
-        words = blank_words(0)
+        words = blank_words(1)
         describe_memory(words, ram, SlotMap())
         words[at.FILLED_AT], words[at.CLAIMS_AT] = claims.filled_at, claims.at
         words[at.UFFD], words[at.SOURCE], words[at.WINDOW] = view.uffd.fileno(), kind, window
         words[at.SOURCE_AT] = file.fileno() if kind == at.SOURCE_FILE else ctypes.addressof(buffer)
+        words[at.STREAMS : at.STREAMS + at.STREAM_WORDS] = 7, 8, window  # a guest that goes down
+        words[at.LOT] = a_lot_that_draws(withheld, 5, 8, 6)
+        words[at.SLOTS] = 1
+        words[at.SLOT_TABLE : at.SLOT_TABLE + at.SLOT_WORDS] = 0, ram.size, 0
         words[at.STAGING_AT] = -(-ctypes.addressof(staging) // PAGE_SIZE) * PAGE_SIZE
         words[at.KVM_RUN_AT] = ctypes.addressof(run := uapi.kvm_run())
         assert hot._bring_in(words, 6)
         expected = [6] if window == 1 else [5, 6, 7]
         assert [n for n in range(ram.pages) if filled[n]] == expected
+        assert [n for n in expected if filled[n] != IN] == ([] if withheld is None else [withheld])
         assert words[at.PAGES_IN] == len(expected)
+        assert words[at.AHEAD] == len(expected) - 1
+        assert words[at.WITHHELD] == (withheld is not None)
         for n in expected:
-            assert pagemap.present(ram.guest.address + n * PAGE_SIZE)
+            assert pagemap.present(ram.guest.address + n * PAGE_SIZE) == (n != withheld)
             here = slice(n * PAGE_SIZE, (n + 1) * PAGE_SIZE)
             assert ram.bytes[here] == content[here]
         assert not hot._bring_in(words, 4), "somebody else's"
         assert hot._bring_in(words, 6)
         assert words[at.AGAIN] == 1
+        if withheld is not None:
+            assert hot._bring_in(words, withheld)
+            assert pagemap.present(ram.guest.address + withheld * PAGE_SIZE)
+            assert hot._bring_in(words, withheld)
+            assert (words[at.WANTED], words[at.AGAIN]) == (1, 2)
         del run
     view.close()
+
+
+class Around:
+    """A pager that lets every page of a window in, and tells which window it was."""
+
+    def __init__(self, taken: set[int]) -> None:
+        self.taken = taken
+        self.window = range(0)
+
+    def bring_in(self, offset: int) -> bool:
+        return bool(self.bring_in_around(offset, range(0)))
+
+    def bring_in_around(self, offset: int, window: range) -> range:
+        page = offset // PAGE_SIZE
+        self.window = window or range(page, page + 1)
+        first, end = page, page + 1
+        while end < self.window.stop and end not in self.taken:
+            end += 1
+        while first > self.window.start and first - 1 not in self.taken:
+            first -= 1
+        return range(first, end)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 199), st.integers(1, 20)), max_size=8),
+    st.sampled_from([1, 2, 16]),
+    st.sets(st.integers(0, 199)),
+)
+def test_windows_are_those_of_the_plain_loop(walks, limit, taken) -> None:
+    """Whatever the guest does, and whatever others have brought in: the same windows."""
+    slots = SlotMap()
+    slots.add(MemorySlot(gpa=0, size=70 * PAGE_SIZE, hva=0, slot=0))
+    slots.add(MemorySlot(gpa=1 << 32, size=100 * PAGE_SIZE, hva=70 * PAGE_SIZE, slot=1))
+    words = blank_words(2)
+    words[at.WINDOW], words[at.SLOTS] = limit, 2
+    for row, slot in enumerate(slots):
+        begin = at.SLOT_TABLE + row * at.SLOT_WORDS
+        words[begin : begin + 3] = slot.gpa, slot.end, slot.hva - slot.gpa
+    pager = Around(taken)
+    plain = FaultAround(pager, limit, slot_pages(slots, 0))
+    for first, length in walks:
+        for page in range(first, first + length):
+            plain.bring_in(page * PAGE_SIZE)
+            assert range(*hot_around.widest(words, page)) == pager.window
+            run = pager.bring_in_around(page * PAGE_SIZE, pager.window)
+            hot_around.came_in(words, run.start, run.stop)
 
 
 @settings(deadline=None)

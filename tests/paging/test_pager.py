@@ -17,6 +17,8 @@ from guestfault.linux import process_memory
 from guestfault.linux.pagemap import Pagemap
 from guestfault.memory.ram import PAGE_SIZE, GuestRam
 from guestfault.memory.view import GuestView, Unpopulated
+from guestfault.paging import pager as pager_module
+from guestfault.paging.ahead import EVERY, Ahead, AheadCount
 from guestfault.paging.pager import Pager
 from guestfault.paging.source.base import SourceError
 from guestfault.paging.source.function import FunctionSource
@@ -120,6 +122,137 @@ def test_a_page_that_cannot_be_let_in_is_filled_and_not_read_again(ram, source) 
     assert not pager.bring_in(0)
     assert seen_by_the_guest(ram, 0) == content(0)
     assert source.reads == {0: 1}
+
+
+# -- ahead -------------------------------------------------------------------------------------
+
+
+def keep(page: int) -> Callable[..., int | None]:
+    """A lot that falls on one page whenever it is among those that come in ahead."""
+    return lambda run, asked=None: page if page in run and page != asked else None
+
+
+@pytest.fixture
+def none_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pager_module, "draw", keep(-1))
+
+
+def test_what_is_absent_of_a_range_comes_in_with_a_read_for_each_run(
+    ram, view, source, pagemap, none_withheld
+) -> None:
+    pager = Pager(ram, view, source)
+    pager.bring_in(4 * PAGE_SIZE)
+    reads = []
+
+    def read_into(offset: int, buffer: memoryview, read=source.read_into) -> None:
+        reads.append((offset // PAGE_SIZE, len(buffer) // PAGE_SIZE))
+        read(offset, buffer)
+
+    source.read_into = read_into
+    assert pager.bring_in_ahead(2, 6, Ahead.PUSH) == 5
+    assert reads == [(2, 2), (5, 3)]
+    for page in range(PAGES):
+        assert accessible(view, ram, pagemap, page) == (2 <= page < 8)
+        assert pager.is_in(page * PAGE_SIZE) == (2 <= page < 8)
+    assert all(seen_by_the_guest(ram, page) == content(page) for page in range(2, 8))
+    assert pager.bring_in_ahead(2, 6) == 0
+    assert pager.bring_in_ahead(2, 0) == 0
+    assert (pager.pages_in, pager.ahead, pager.counts[Ahead.PUSH].pages) == (6, 5, 5)
+
+
+def test_a_withheld_page_is_absent_until_it_is_wanted_and_not_read_again(
+    ram, view, source, pagemap, monkeypatch
+) -> None:
+    monkeypatch.setattr(pager_module, "draw", keep(3))
+    pager = Pager(ram, view, source)
+    assert pager.bring_in_ahead(0, 8) == 8
+    assert [accessible(view, ram, pagemap, page) for page in (2, 3, 4)] == [True, False, True]
+    assert pager.is_in(3 * PAGE_SIZE)
+    assert pager.counts[Ahead.PREFETCH] == AheadCount(8, 1, 0)
+    assert pager.bring_in_ahead(0, 8) == 0
+    assert not accessible(view, ram, pagemap, 3)
+    assert pager.bring_in(3 * PAGE_SIZE)
+    assert seen_by_the_guest(ram, 3) == content(3)
+    assert not pager.bring_in(3 * PAGE_SIZE)
+    assert pager.counts[Ahead.PREFETCH] == AheadCount(8, 1, 1)
+    assert source.reads == dict.fromkeys(range(8), 1)
+    assert pager.pages_in == 8
+
+
+def test_long_runs_are_read_in_parts_of_which_each_may_have_a_page_withheld() -> None:
+    with GuestRam(3 * EVERY * PAGE_SIZE) as ram:
+        reads: list[int] = []
+
+        def read(_offset: int, length: int) -> bytes:
+            reads.append(length // PAGE_SIZE)
+            return b"\1" * length
+
+        pager = Pager(ram, Unpopulated(ram), FunctionSource(ram.size, read))
+        assert pager.bring_in_ahead(0, ram.pages) == ram.pages
+        assert reads == [EVERY] * 3
+        assert pager.counts[Ahead.PREFETCH].withheld == 3  # so each of them has one for certain
+
+
+def test_ahead_fails_and_leaves_what_it_can_get_and_what_others_can(
+    ram, view, source, pagemap, none_withheld
+) -> None:
+    pager = Pager(ram, view, source)
+    pager.bring_in(3 * PAGE_SIZE)
+    source.broken = {5}
+    with pytest.raises(SourceError):
+        pager.bring_in_ahead(0, 8)
+    ins = [pager.is_in(page * PAGE_SIZE) for page in range(8)]
+    assert ins == [True] * 4 + [False] * 4
+    assert [accessible(view, ram, pagemap, page) for page in range(8)] == ins
+    assert pager.bring_in(4 * PAGE_SIZE)
+    assert pager.ahead == 3
+
+
+@pytest.mark.timeout(60)
+def test_who_goes_ahead_waits_for_nobody(ram, none_withheld) -> None:
+    """Invariant: a page that somebody is filling is his; ahead passes over it."""
+    go_on, began = threading.Event(), threading.Event()
+
+    def read(offset: int, length: int) -> bytes:
+        if offset == PAGE_SIZE:
+            began.set()
+            assert go_on.wait(10)
+        return b"\1" * length
+
+    pager = Pager(ram, Unpopulated(ram), FunctionSource(ram.size, read))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(pager.bring_in, PAGE_SIZE)
+        assert began.wait(10)
+        assert pager.bring_in_ahead(0, 3) == 2
+        assert not slow.done()
+        go_on.set()
+        assert slow.result()
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_for_a_page_that_fails_ahead_tries_it_alone(ram, none_withheld) -> None:
+    """Invariant: nobody who needs a page is stopped by the failure of one that nobody needs."""
+    go_on, began, reads = threading.Event(), threading.Event(), []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append(length // PAGE_SIZE)
+        if length > PAGE_SIZE:
+            began.set()
+            assert go_on.wait(10)
+            raise OSError(5, "Input/output error")
+        return b"\1" * length
+
+    pager = Pager(ram, Unpopulated(ram), FunctionSource(ram.size, read))
+    with ThreadPoolExecutor(2) as pool:
+        ahead = pool.submit(pager.bring_in_ahead, 0, 4)
+        assert began.wait(10)
+        asked = pool.submit(pager.bring_in, 2 * PAGE_SIZE)
+        time.sleep(0.05)  # for it to come and wait
+        go_on.set()
+        assert isinstance(ahead.exception(10), SourceError)
+        assert asked.result(10)
+    assert reads == [4, 1]
+    assert [pager.is_in(page * PAGE_SIZE) for page in range(4)] == [False, False, True, False]
 
 
 # -- many threads ------------------------------------------------------------------------------

@@ -94,10 +94,10 @@ class BreakableSource(FunctionSource):
         super().__init__(len(self.memory), self._read_page)
 
     def _read_page(self, offset: int, length: int) -> bytes:
-        page = offset // PAGE_SIZE
-        if page in self.broken:
+        pages = range(offset // PAGE_SIZE, (offset + length) // PAGE_SIZE)
+        if not self.broken.isdisjoint(pages):
             raise OSError(5, "Input/output error")
-        self.given[page] += 1
+        self.given.update(pages)
         return self.memory[offset : offset + length]
 
 

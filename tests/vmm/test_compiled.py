@@ -11,10 +11,12 @@ from guestfault.errors import Unavailable
 from guestfault.fault.locate.run_trace import RunTrace
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.walk import Walk
+from guestfault.linux.mapping import Mapping
 from guestfault.linux.tracefs import Tracefs
 from guestfault.memory.ram import PAGE_SIZE
-from guestfault.paging.source.base import SourceError
+from guestfault.paging.source.base import SourceError, close
 from guestfault.paging.source.file import FileSource
+from guestfault.paging.source.memory import MemorySource
 from guestfault.vmm import compiled
 from guestfault.vmm.compiled import Loop
 from guestfault.vmm.report import Latency, Report, report
@@ -71,6 +73,36 @@ def test_both_loops_make_the_same_report(open_system, snapshot, traced, numba, v
     assert abs(sum(v.bare - v.again for v in plain.vcpus) - sum(v.bare for v in fast.vcpus)) <= 64
     counted = reports[Loop.COMPILED].latency
     assert 0 < counted.p50 <= counted.p99 <= counted.max
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("kind", [FileSource, MemorySource])
+def test_both_loops_bring_the_same_in_around(
+    open_system, snapshot, traced, numba, monkeypatch, vcpus, kind
+) -> None:
+    """Invariant: windows do not depend on the loop, but for the pages that the lot falls on."""
+    monkeypatch.setattr("guestfault.paging.pager.draw", lambda _run, _asked=None: None)
+    taken = snapshot(8 * MIB * vcpus, GuestMode.LONG_CPL3, Walk.SEQUENTIAL, vcpus)
+    demanded = {}
+    for loop in (Loop.PLAIN, Loop.COMPILED):
+        source = FileSource(taken.open_memory())
+        if kind is MemorySource:
+            close(source)
+            source = MemorySource(content := Mapping.anonymous(taken.memory_size))
+            content.view()[:] = taken.memory_path.read_bytes()
+        with Session(open_system("kvm"), taken, source, loop=loop, fault_around=16) as session:
+            assert session.run(), session.failure
+            result = report(session, 0)
+        close(source)
+        assert result.verdict == "right"
+        faults = sum(v.bare for v in result.vcpus)
+        around = result.ahead["around"]
+        assert faults * 5 < result.pages
+        assert result.demanded + around.pages + result.eager_pages == result.pages_in
+        assert around.wanted == around.withheld, "this guest leaves no page out"
+        demanded[loop] = result.demanded
+    # It begins anew where the vCPU changes over, which is not before it is listened to.
+    assert abs(demanded[Loop.PLAIN] - demanded[Loop.COMPILED]) <= 5 * vcpus
 
 
 def test_a_source_that_only_python_can_read(

@@ -9,8 +9,9 @@ from guestfault.errors import GuestfaultError
 from guestfault.paging.source.location import DEFAULT_TIMEOUT
 from guestfault.paging.source.resilient import FOREVER, Patience
 
-__all__ = ["UsageError", "add_source_arguments", "patience_of", "size_of"]
+__all__ = ["UsageError", "add_source_arguments", "patience_of", "size_of", "window_of"]
 
+_WIDEST_WINDOW = 512  # pages
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -24,6 +25,18 @@ def size_of(option: str, text: str) -> int:
     if match is None:
         raise UsageError(f"{option} {text}: not a size; write one such as 64M or 1G")
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def window_of(option: str, text: str) -> int:
+    """The pages that ``16``, or ``off``, allows a fault; raises :class:`UsageError`."""
+    if text == "off":
+        return 1
+    pages = int(text) if re.fullmatch(r"\d{1,9}", text) else 0
+    if not 0 < pages <= _WIDEST_WINDOW or pages & (pages - 1):
+        raise UsageError(
+            f"{option} {text}: use off, or a power of two up to {_WIDEST_WINDOW}: a number of pages"
+        )
+    return pages
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

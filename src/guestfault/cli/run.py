@@ -13,12 +13,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
-from guestfault.cli.arguments import UsageError, add_source_arguments, patience_of, size_of
+from guestfault.cli.ahead import (
+    add_ahead_arguments,
+    check_ahead_arguments,
+    keep_record,
+    plan_of,
+)
+from guestfault.cli.arguments import (
+    UsageError,
+    add_source_arguments,
+    patience_of,
+    size_of,
+    window_of,
+)
 from guestfault.errors import GuestfaultError
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.packed import OpenSnapshot, open_snapshot
 from guestfault.guest.snapshot import build
 from guestfault.guest.walk import Walk
+from guestfault.paging.around import DEFAULT_WINDOW
 from guestfault.paging.source.base import PageSource, trouble
 from guestfault.vmm.choice import KVMS, choose
 from guestfault.vmm.compiled import PAYS_AFTER, Loop
@@ -84,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who resolves failed accesses: plain Python, the compiled loop (which takes numba and "
         "the real KVM), or auto: the compiled one where it can be had and pays (default)",
     )
+    parser.add_argument(
+        "--fault-around",
+        metavar="off|PAGES",
+        default=str(DEFAULT_WINDOW),
+        help="how many pages may come in for one fault, where a guest goes through its memory in "
+        "order (default %(default)s)",
+    )
     made = parser.add_argument_group("the guest to make, where no SNAPSHOT is given")
     made.add_argument("--memory", metavar="SIZE", help=f"such as 64M (default {DEFAULT_MEMORY})")
     made.add_argument("--vcpus", type=int, metavar="N", help="default 1")
@@ -93,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--seed", type=int, metavar="N", help="of its memory's content")
     made.add_argument("--save", metavar="DIR", help="keep the snapshot there")
+    add_ahead_arguments(parser)
     add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the report as JSON")
 
@@ -100,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command.  0: the guest ended with the right results; 2: it did not; 130: Ctrl-C."""
     mode = Mode(args.mode)
+    fault_around = window_of("--fault-around", args.fault_around)
+    check_ahead_arguments(args)
     with ExitStack() as stack:
         npt = None if args.npt is None else args.npt == 1
         choice = choose(args.kvm, args.dialect, npt)
@@ -118,8 +141,14 @@ def main(args: argparse.Namespace) -> int:
                 dialect=choice.dialect,
                 locate=args.locate == "all",
                 loop=Loop(args.loop),
+                fault_around=fault_around,
+                ahead=plan_of(args, opened.snapshot),
+                record=args.record is not None,
             )
         )
+        if session.recording is not None:
+            says = "recording: every page comes in by itself, by the plain loop"
+            print(f"guestfault: {says}", file=sys.stderr)
         watch = stack.enter_context(_Watch(session, opened.source))
         session.run(watch)
         result = report(session, time.monotonic() - session.began)
@@ -127,6 +156,7 @@ def main(args: argparse.Namespace) -> int:
         if session.why_plain is not None and any(v.bare >= PAYS_AFTER for v in result.vcpus):
             print(f"guestfault: by the plain loop: {session.why_plain}", file=sys.stderr)
         print(json.dumps(result.as_json(), indent=2) if args.json else as_text(result))
+        keep_record(args, session)
         if watch.interrupted:
             raise KeyboardInterrupt
     if result.failure is not None:

@@ -39,6 +39,10 @@ class SharedClaims:
         """See :class:`~guestfault.paging.pager.Claims`."""
         _give_up(self.at + page)
 
+    def release(self, page: int, why: int) -> bool:
+        """See :class:`~guestfault.paging.pager.Claims`."""
+        return bool(_release(self.filled_at + page, why))
+
 
 @compiled
 def _take(at: int) -> bool:
@@ -49,3 +53,9 @@ def _take(at: int) -> bool:
 @compiled
 def _give_up(at: int) -> None:
     store8(at, 0)
+
+
+@compiled
+def _release(at: int, why: int) -> bool:
+    released: bool = compare_exchange(at, why, 1)
+    return released

@@ -3,7 +3,12 @@
 KVM's documentation asks userspace that resolves and retries to guard against repeatedly receiving
 the same fault (Documentation/virt/kvm/api.rst, KVM_CAP_MEMORY_FAULT_INFO).  One repeat means
 nothing: the page may have been reclaimed in between.  The guard trips when one vCPU faults on the
-same page with the same RIP several times in a row and with nothing else in between.
+same page with the same registers several times in a row and with nothing else in between.
+
+RIP alone would not do.  Where others bring pages in, too, the page that failed may be there by the
+time one looks which it was, and then the fault is put down to the page of the code.  A loop that
+goes from page to page meets that fault at the same RIP each time, and gets on all the while: its
+other registers tell.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from collections.abc import Callable
 from guestfault.errors import GuestfaultError
 from guestfault.fault.access import Access
 from guestfault.memory.ram import PAGE_SIZE
+from guestfault.uapi.kvm_x86 import kvm_regs
 
 __all__ = ["FaultLoopError", "RepeatGuard"]
 
@@ -40,20 +46,20 @@ class FaultLoopError(GuestfaultError):
 class RepeatGuard:
     """Watches the faults of one vCPU.  ``limit`` is how often the same one may come in a row.
 
-    ``read_rip`` is called only from the second fault on the same page on: reading registers costs
+    ``read_regs`` is called only from the second fault on the same page on: reading registers costs
     more than the rest of a fault.
     """
 
-    def __init__(self, vcpu_id: int, read_rip: Callable[[], int], limit: int = 8) -> None:
+    def __init__(self, vcpu_id: int, read_regs: Callable[[], kvm_regs], limit: int = 8) -> None:
         self._vcpu_id = vcpu_id
-        self._read_rip = read_rip
+        self._read_regs = read_regs
         self._limit = limit
         self.progress()
 
     def progress(self) -> None:
         """The vCPU got on: it left KVM_RUN for another reason than a failed access."""
         self._page: int | None = None
-        self._rip: int | None = None
+        self._regs: bytes | None = None
         self._count = 0
 
     @property
@@ -63,17 +69,17 @@ class RepeatGuard:
 
     def was_at(self, page: int) -> None:
         """Faults were resolved elsewhere, no page twice in a row; the last one in this page."""
-        self._page, self._rip, self._count = page, None, 1
+        self._page, self._regs, self._count = page, None, 1
 
     def saw(self, access: Access) -> None:
         """A fault was met; raises :class:`FaultLoopError` if it is the same one once too often."""
         page = None if access.gpa is None else access.gpa // PAGE_SIZE
         if page is None or page != self._page:
-            self._page, self._rip, self._count = page, None, 1
+            self._page, self._regs, self._count = page, None, 1
             return
-        rip = self._read_rip()
-        moved = self._rip not in (None, rip)
-        self._rip = rip
+        regs = self._read_regs()
+        before, self._regs = self._regs, bytes(regs)
+        moved = before not in (None, self._regs)
         self._count = 1 if moved else self._count + 1
         if self._count > self._limit:
-            raise FaultLoopError(self._vcpu_id, access, rip, self._count)
+            raise FaultLoopError(self._vcpu_id, access, int(regs.rip), self._count)

@@ -15,12 +15,13 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.view import Registered
 from guestfault.paging.account import FaultAccount
+from guestfault.paging.around import OFF, FaultAround
 from guestfault.paging.pager import Pager
 
 __all__ = ["UserfaultHandler"]
@@ -32,14 +33,26 @@ class UserfaultHandler:
     If a page cannot be had, ``on_failure`` is called with the fault and the error, on the handler's
     thread, and the sleeper sleeps on: nothing wakes it into a page that is not there.  Its owner
     must stop the vCPUs and :meth:`release` them; when they run again they fault again.
+
+    With a page it brings in up to ``fault_around`` pages (:mod:`guestfault.paging.around`), by what
+    the thread that sleeps in it did before; ``parts`` are as there.
     """
 
     def __init__(
-        self, pager: Pager, view: Registered, on_failure: Callable[[PageFault, Exception], None]
+        self,
+        pager: Pager,
+        view: Registered,
+        on_failure: Callable[[PageFault, Exception], None],
+        *,
+        fault_around: int = OFF,
+        parts: Sequence[range] = (),
     ) -> None:
         self._pager = pager
         self._view = view
         self._on_failure = on_failure
+        self._fault_around = fault_around
+        self._parts = parts
+        self._around: dict[int | None, FaultAround] = {}  # by thread
         self.account = FaultAccount()
         self._unserved: dict[int, PageFault] = {}  # by offset: the pages that are slept in
         self._released = False
@@ -113,7 +126,7 @@ class UserfaultHandler:
         offset = self._offset(fault)
         self.account.userfault += 1
         try:
-            if not self._pager.bring_in(offset):
+            if not self._around_of(fault.thread_id).bring_in(offset):
                 self.account.again += 1
         except Exception as error:
             # Whatever it is, a thread that died of it would leave the sleeper asleep for ever.
@@ -121,3 +134,10 @@ class UserfaultHandler:
             return
         self._unserved.pop(offset, None)
         self.account.latency.record(time.perf_counter_ns() - began)
+
+    def _around_of(self, thread_id: int | None) -> FaultAround:
+        found = self._around.get(thread_id)
+        if found is None:
+            found = FaultAround(self._pager, self._fault_around, self._parts)
+            self._around[thread_id] = found
+        return found

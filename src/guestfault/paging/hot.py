@@ -26,13 +26,12 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import Final, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from guestfault.paging import hot_words as at
+from guestfault.paging.ahead import IN, Ahead
 from guestfault.paging.histogram import SUB_BITS
+from guestfault.paging.hot_around import came_in, draw, widest
 from guestfault.paging.hot_native import (
     clock_gettime,
     compare_exchange,
@@ -48,12 +47,11 @@ from guestfault.paging.hot_native import (
     pread,
     store8,
 )
+from guestfault.paging.hot_words import Words
 from guestfault.uapi import kvm, mman, perf, userfaultfd
 from guestfault.x86 import entries, registers
 
 __all__ = ["Words", "failed_gpa", "run", "translate"]
-
-Words: TypeAlias = NDArray[np.int64]
 
 # numba takes an object's attributes for unknown, and a module's for constants.
 _PAGE: Final = 4096
@@ -75,6 +73,8 @@ _PAE: Final = registers.CR4_PAE
 _LA57: Final = registers.CR4_LA57
 _LMA: Final = registers.EFER_LMA
 _UNKNOWN: Final = -1
+_IN: Final = IN
+_AROUND: Final = int(Ahead.AROUND)
 
 
 @compiled
@@ -260,36 +260,36 @@ def _offset_of(w: Words, gpa: int) -> int:
 
 
 @compiled
-def window(w: Words, page: int) -> tuple[int, int]:
-    """The first of the pages that are worth bringing in with this one, and the end of them."""
-    first = page & -w[at.WINDOW]
-    return first, min(first + w[at.WINDOW], w[at.PAGES])
-
-
-@compiled
 def _bring_in(w: Words, page: int) -> bool:
-    """Bring the page in, and of its window what lies around it and nobody else has claimed."""
+    """Bring the page in, and around it what nobody else has claimed."""
     filled, claims = w[at.FILLED_AT], w[at.CLAIMS_AT]
-    again = load8(filled + page) != 0
-    if again:
+    mark = load8(filled + page)
+    if mark != 0:
+        # One that was withheld for another reason than ours is for Python to count.
+        if mark != _IN and not (mark == _AROUND and compare_exchange(filled + page, mark, _IN)):
+            return False
         if not _let_in(w, page, page + 1):
             return False
+        w[at.WANTED] += mark != _IN
+        w[at.AGAIN] += mark == _IN
     else:
         if w[at.SOURCE] == at.SOURCE_PYTHON or not compare_exchange(claims + page, 0, 1):
             return False  # somebody else is at it: Python waits for him
         first, end = page, page + 1
-        least, most = window(w, page)
+        least, most = widest(w, page)
         while end < most and compare_exchange(claims + end, 0, 1):
             end += 1
         while first > least and compare_exchange(claims + first - 1, 0, 1):
             first -= 1
-        filled_end = _fill(w, first, end)
+        filled_end = _fill(w, first, end, draw(w, first, end, page))
         for p in range(filled_end, end):
             store8(claims + p, 0)
         w[at.PAGES_IN] += filled_end - first
         if page >= filled_end:
+            w[at.AHEAD] += filled_end - first
             return False
-    w[at.AGAIN] += again
+        w[at.AHEAD] += filled_end - first - 1
+        came_in(w, first, filled_end)
     if load32(w[at.KVM_RUN_AT] + at.RUN_EXIT_REASON) == w[at.FAULT_EXIT]:
         w[at.ANNOTATED] += 1
     else:
@@ -298,21 +298,37 @@ def _bring_in(w: Words, page: int) -> bool:
 
 
 @compiled
-def _fill(w: Words, first: int, end: int) -> int:
-    """Fill claimed pages, mark them, let them in; the end of those that are filled.
+def _fill(w: Words, first: int, end: int, withheld: int) -> int:
+    """Fill claimed pages, mark them, let them in but for one; the end of those that are filled.
 
     Of the others nothing was written.  One that is filled but could not be let in will fail again.
     """
-    size = (end - first) * _PAGE
     source = w[at.SOURCE_AT] + first * _PAGE
     if w[at.SOURCE] == at.SOURCE_FILE:
         source = w[at.STAGING_AT]
+        size = (end - first) * _PAGE
         if pread(w[at.SOURCE_AT], source, size, first * _PAGE) != size:
             return first
+    if withheld < 0:
+        return _fill_part(w, first, end, source)
+    reached = _fill_part(w, first, withheld, source)
+    if reached < withheld:
+        return reached
+    source += (withheld - first) * _PAGE
+    if w[at.SOURCE] != at.SOURCE_NONE:
+        memcpy(w[at.HOST_AT] + withheld * _PAGE, source, _PAGE)
+    store8(w[at.FILLED_AT] + withheld, _AROUND)
+    w[at.WITHHELD] += 1
+    return _fill_part(w, withheld + 1, end, source + _PAGE)
+
+
+@compiled
+def _fill_part(w: Words, first: int, end: int, source: int) -> int:
+    """The same, without exception, from the memory at ``source``."""
     if w[at.SOURCE] != at.SOURCE_NONE and w[at.LET_IN] == at.LET_IN_BY_USERFAULTFD:
         return _copy(w, first, end, source)
     if w[at.SOURCE] != at.SOURCE_NONE:
-        memcpy(w[at.HOST_AT] + first * _PAGE, source, size)
+        memcpy(w[at.HOST_AT] + first * _PAGE, source, (end - first) * _PAGE)
     _mark(w, first, end)
     _let_in(w, first, end)
     return end

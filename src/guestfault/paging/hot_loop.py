@@ -8,6 +8,7 @@ resolved, and then they are in the vCPU's account as if Python had done it.
 from __future__ import annotations
 
 import ctypes
+from random import getrandbits
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from guestfault.memory.view import GuestView, Registered, Unpopulated
 from guestfault.paging import hot
 from guestfault.paging import hot_words as at
 from guestfault.paging.account import FaultAccount
+from guestfault.paging.ahead import AheadCount
 from guestfault.paging.claims import SharedClaims
 from guestfault.paging.guard import RepeatGuard
 from guestfault.paging.histogram import BUCKETS
@@ -51,7 +53,7 @@ def blank_words(slots: int) -> hot.Words:
     for place in (at.FAULT_EXIT, at.EXIT_ID, at.LAST_PAGE, *range(at.BEGINS, at.BEGINS + 3)):
         words[place] = -1
     words[at.FAULT_EVENTS] = words[at.FAULT_EVENTS + 3] = -1
-    words[at.WINDOW] = 1
+    words[at.WINDOW], words[at.LOT] = 1, getrandbits(63)
     words[at.BUDGET], words[at.BUDGET_NS] = BUDGET, BUDGET_NS
     return words
 
@@ -124,6 +126,7 @@ class CompiledLoop:
         self._account: FaultAccount = resolver.account
         self._guard: RepeatGuard = resolver.guard
         self._words = words = blank_words(len(list(slots)))
+        words[at.WINDOW] = resolver.fault_around
         self._histogram = np.zeros(BUCKETS, np.int64)
         self._staging = Mapping.anonymous(PAGE_SIZE * int(words[at.WINDOW]))
         self._claims = pager.share(SharedClaims)
@@ -149,6 +152,7 @@ class CompiledLoop:
         resolved = int(words[at.ANNOTATED] + words[at.BARE])
         if resolved:
             self._guard.was_at(int(words[at.LAST_PAGE]))
+        if resolved or words[at.PAGES_IN]:
             self._settle()
         return None if result == at.NOTHING else result
 
@@ -162,8 +166,10 @@ class CompiledLoop:
         account.bare += int(words[at.BARE])
         account.by_tracepoint += int(words[at.BARE])
         account.again += int(words[at.AGAIN])
-        self._pager.credit(int(words[at.PAGES_IN]))
+        ahead = AheadCount(*map(int, words[at.AHEAD : at.WANTED + 1]))
+        self._pager.credit(int(words[at.PAGES_IN]), ahead)
         words[at.ANNOTATED : at.PAGES_IN + 1] = 0
+        words[at.AHEAD : at.WANTED + 1] = 0
 
     def close(self) -> None:
         """The thread ends, or its trace does: the latencies go to the account."""

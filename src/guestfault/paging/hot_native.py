@@ -7,14 +7,16 @@ numba has no atomics for bytes, so they are told to LLVM here: a load that nothi
 overtake, a store that nothing before it may, and compare-and-exchange.  They are what lets vCPUs
 and Python agree, without a lock, on who fills a page.
 
-numba looks at a function's own file only to tell whether its code on disk is still good: whoever
-changes this file removes ``__pycache__``.
+numba looks at a function's own file only to tell whether its code on disk is still good.  But that
+code has other files' functions and constants in it: words of another layout would be read and
+written, and nobody would be told.  So all files that it may have them from count here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
 
 from llvmlite import ir
 from numba import njit, types
@@ -42,9 +44,25 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _i32, _i64 = types.int32, types.int64
 
 
+def _sources() -> tuple[tuple[str, int, int], ...]:
+    """Name, time of the last change and size of each file that compiled code may depend on."""
+    paging = Path(__file__).parent
+    files = sorted([*paging.glob("*.py"), *(paging.parent / "uapi").glob("*.py")])
+    stats = [(str(file), file.stat()) for file in files]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+SOURCES: Final = _sources()
+
+
 def compiled(function: _F) -> _F:
     """Compile a function at its first call, or take it from disk; it runs without the GIL."""
     made: Any = njit(nogil=True, cache=True)(function)
+    try:
+        file = made._cache._cache_file
+        file._source_stamp = (file._source_stamp, SOURCES)
+    except AttributeError:  # a numba that does it otherwise: better compiled each time than wrong
+        made = njit(nogil=True)(function)
     return cast(_F, made)
 
 

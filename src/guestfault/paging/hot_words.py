@@ -12,9 +12,14 @@ comparison.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from guestfault.uapi import kvm as uapi
+
+Words: TypeAlias = NDArray[np.int64]
 
 # -- what the loop is told -----------------------------------------------------------------------
 
@@ -43,7 +48,8 @@ GUEST_AT: Final = 18
 HOST_AT: Final = 19
 PAGES: Final = 20
 FILLED_AT: Final = 21
-"""A byte for each page: 1 once its bytes are there."""
+"""A byte for each page: not 0 once its bytes are there, and above 1 while it is withheld
+(:mod:`~guestfault.paging.ahead`)."""
 CLAIMS_AT: Final = 22
 """A byte for each page: 1 once somebody has taken it upon himself to fill it."""
 LET_IN: Final = 23
@@ -54,7 +60,7 @@ SOURCE_AT: Final = 26
 STAGING_AT: Final = 27
 """As many pages as a window has, of this vCPU's own."""
 WINDOW: Final = 28
-"""Pages to bring in around the one that is missing, itself included: a power of two."""
+"""How many pages may come in with the one that is missing, itself included: a power of two."""
 BUDGET: Final = 29
 """Faults after which the loop returns although nothing is the matter, and nanoseconds."""
 BUDGET_NS: Final = 30
@@ -87,9 +93,23 @@ SERVED: Final = 46
 # -- its own -------------------------------------------------------------------------------------
 
 FOUND_GVA: Final = 42
+GOES_ON: Final = 43
+"""Whether the fault at hand goes on with the first stream."""
 SCRATCH: Final = 48
 """Eight words: the arguments of system calls."""
-SLOT_TABLE: Final = 56
+STREAMS: Final = 56
+"""For each of :data:`STREAM_COUNT` streams the first page of its last window, the end of that and
+how wide it was (:mod:`~guestfault.paging.hot_around`)."""
+STREAM_COUNT: Final = 6
+STREAM_WORDS: Final = 3
+LOT: Final = 74
+"""The state of a random number generator; any number to begin with."""
+AHEAD: Final = 75
+"""Counts: of :data:`PAGES_IN`, the pages that nobody had asked for; of these, the withheld ones;
+and of these, the ones that were faulted on."""
+WITHHELD: Final = 76
+WANTED: Final = 77
+SLOT_TABLE: Final = 78
 """Three words for each slot: its first gpa, its end, and what to add for an offset in the RAM."""
 SLOT_WORDS: Final = 3
 

@@ -17,8 +17,10 @@ from guestfault.fault.locate.annotation import from_annotation
 from guestfault.fault.locate.mmio import from_mmio
 from guestfault.fault.outcome import BareFault, MemoryFault, RamMmio
 from guestfault.kvm.protocols import Vcpu
+from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.slots import SlotMap
 from guestfault.paging.account import FaultAccount
+from guestfault.paging.around import OFF, FaultAround, slot_pages
 from guestfault.paging.guard import FaultLoopError, RepeatGuard
 from guestfault.paging.pager import Pager
 
@@ -34,14 +36,21 @@ class UnresolvableError(GuestfaultError):
 
 
 class FaultResolver:
-    """Resolves the failed accesses of one vCPU.  Belongs to the thread that runs it."""
+    """Resolves the failed accesses of one vCPU.  Belongs to the thread that runs it.
 
-    def __init__(self, vcpu: Vcpu, pager: Pager, slots: SlotMap) -> None:
+    With a page it brings in up to ``fault_around`` pages (:mod:`guestfault.paging.around`).
+    """
+
+    def __init__(
+        self, vcpu: Vcpu, pager: Pager, slots: SlotMap, *, fault_around: int = OFF
+    ) -> None:
         self._vcpu = vcpu
         self.pager = pager
+        self.fault_around = fault_around
         self._slots = slots
+        self._around = FaultAround(pager, fault_around, slot_pages(slots, pager.ram.guest.address))
         self.account = FaultAccount()
-        self.guard = RepeatGuard(vcpu.vcpu_id, lambda: int(vcpu.get_regs().rip))
+        self.guard = RepeatGuard(vcpu.vcpu_id, vcpu.get_regs)
 
     def resolve_annotated(self, fault: MemoryFault) -> None:
         """Bring in what the kernel says is missing.
@@ -114,7 +123,11 @@ class FaultResolver:
             cause = str(why(access, failure))
             raise FaultLoopError(e.vcpu_id, access, e.rip, e.count, cause) from None
         offset = access.hva - self.pager.ram.guest.address
-        if not self.pager.bring_in_range(offset, access.size):
+        first, last = offset // PAGE_SIZE, (offset + access.size - 1) // PAGE_SIZE
+        absent = 0
+        for page in range(first, last + 1):
+            absent += self._around.bring_in(page * PAGE_SIZE)
+        if not absent:
             self.account.again += 1
         self.account.latency.record(time.perf_counter_ns() - began)
         return offset

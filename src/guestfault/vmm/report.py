@@ -6,10 +6,11 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from guestfault.paging.ahead import Ahead, AheadCount
 from guestfault.paging.histogram import LatencyHistogram
 from guestfault.vmm.session import Session
 
-__all__ = ["Latency", "Report", "VcpuReport", "report"]
+__all__ = ["AheadReport", "Latency", "PrefetchReport", "Report", "VcpuReport", "report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,39 @@ class Latency:
         """The usual figures of a histogram."""
         p50, p90, p99 = (histogram.percentile(p) for p in (50, 90, 99))
         return cls(p50, p90, p99, histogram.max)
+
+
+@dataclass(frozen=True, slots=True)
+class AheadReport:
+    """Pages that came in for one reason before they were asked for.
+
+    ``useful`` is the fraction of them that the guest then went to, ``wasted`` the rest of them: by
+    estimate, from ``wanted`` of ``withheld`` pages (:mod:`guestfault.paging.ahead`), and ``None``
+    where none was withheld.  ``span`` is between which fractions ``useful`` is, 95 times in 100.
+    """
+
+    pages: int
+    withheld: int
+    wanted: int
+    useful: float | None
+    wasted: float | None
+    span: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, count: AheadCount) -> AheadReport:
+        """What the pager has counted."""
+        useful = count.useful
+        wasted = None if useful is None else 1 - useful
+        return cls(count.pages, count.withheld, count.wanted, useful, wasted, count.useful_span)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchReport:
+    """How a plan went: its pages, the reads of it that failed, and whether it was given up."""
+
+    planned: int
+    failed: int
+    gave_up: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +84,11 @@ class VcpuReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A run, finished or not.  Times in seconds, sizes in bytes, pages of 4096 bytes."""
+    """A run, finished or not.  Times in seconds, sizes in bytes, pages of 4096 bytes.
+
+    ``pages_in`` is ``eager_pages`` from before the start, ``demanded`` because somebody needed
+    them, and those of ``ahead``, by the reason for it: ``around``, ``prefetch`` or ``push``.
+    """
 
     kvm: str
     mode: str
@@ -60,6 +98,9 @@ class Report:
     pages: int
     pages_in: int
     eager_pages: int
+    demanded: int
+    ahead: dict[str, AheadReport]
+    prefetch: PrefetchReport | None
     userfaults: int
     first_instruction: float | None
     seconds: float
@@ -122,6 +163,9 @@ def report(session: Session, seconds: float) -> Report:
         pages=session.ram.pages,
         pages_in=session.pager.pages_in,
         eager_pages=session.eager_pages,
+        demanded=session.pager.pages_in - session.pager.ahead - session.eager_pages,
+        ahead={w.name.lower(): AheadReport.of(session.pager.counts[w]) for w in Ahead},
+        prefetch=_prefetch(session),
         userfaults=session.handler.account.userfault if session.handler else 0,
         first_instruction=min(began) - session.began if began else None,
         seconds=seconds,
@@ -131,6 +175,13 @@ def report(session: Session, seconds: float) -> Report:
         verdict=_verdict(done, tuple(vcpus), memory_right),
         failure=None if session.failure is None else _failure(session),
     )
+
+
+def _prefetch(session: Session) -> PrefetchReport | None:
+    if session.prefetcher is None:
+        return None
+    account = session.prefetcher.account
+    return PrefetchReport(account.planned, account.failed, account.gave_up)
 
 
 def _verdict(done: bool, vcpus: tuple[VcpuReport, ...], memory_right: bool | None) -> str:

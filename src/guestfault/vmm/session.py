@@ -31,8 +31,10 @@ from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.memory.view import Registered
+from guestfault.paging.around import OFF, slot_pages
 from guestfault.paging.handler import UserfaultHandler
 from guestfault.paging.pager import Pager
+from guestfault.paging.prefetcher import Plan, Prefetcher
 from guestfault.paging.resolver import FaultResolver
 from guestfault.paging.source.base import (
     PageSource,
@@ -40,6 +42,7 @@ from guestfault.paging.source.base import (
     interrupt,
     resume,
 )
+from guestfault.paging.working_set import RecordingSource
 from guestfault.uapi import kvm as uapi
 from guestfault.vmm.arming import TracepointArming
 from guestfault.vmm.compiled import Compiled, Loop
@@ -71,7 +74,12 @@ class Session:
     Without it, it is the one that the KVM's capabilities tell
     (:func:`guestfault.dialect.interface.probe`), which some versions cannot be known by.
 
-    ``loop`` chooses who resolves failed accesses (:mod:`guestfault.vmm.compiled`).
+    ``loop`` chooses who resolves failed accesses (:mod:`guestfault.vmm.compiled`), ``fault_around``
+    how many pages may come in with one that was asked for (:mod:`guestfault.paging.around`).
+
+    ``ahead`` is what to bring in before it is asked for (:mod:`guestfault.paging.prefetcher`).
+    With ``record`` nothing is, and no loop is compiled: :attr:`recording` then has the pages in the
+    order in which the guest touched them.
 
     Raises :class:`~guestfault.errors.Unavailable` if this machine cannot do ``mode`` or ``loop``,
     and :class:`~guestfault.errors.KvmError` if the KVM refuses what belongs to ``dialect``.
@@ -87,13 +95,19 @@ class Session:
         dialect: Dialect | None = None,
         locate: bool = True,
         loop: Loop = Loop.AUTO,
+        fault_around: int = OFF,
+        ahead: Plan | None = None,
+        record: bool = False,
     ) -> None:
         self.began = time.monotonic()
         self.system = system
         self.snapshot = snapshot
         self.mode = mode
         self.why_plain: Unavailable | None = None  # loop, where the compiled one would serve
-        self._source = source
+        self.recording = RecordingSource(source) if record else None
+        self.prefetcher: Prefetcher | None = None
+        self.fault_around = OFF if record else fault_around
+        self._source = source = self.recording or source
         self._undo: list[Callable[[], None]] = []
         self._stopping = False
         self._threads: dict[VcpuLoop, threading.Thread] = {}
@@ -103,7 +117,9 @@ class Session:
         self._unserved: PageFault | None = None  # the one that the handler's source failed at
         self.failed_vcpu: VcpuLoop | None = None  # the one that the failure stopped, if known
         try:
-            self._build(source, dialect, locate, loop)
+            self._build(source, dialect, locate, Loop.PLAIN if record else loop)
+            if ahead is not None and not record:
+                self.prefetcher = Prefetcher(self.pager, ahead)
         except BaseException:
             self.close()
             raise
@@ -142,7 +158,13 @@ class Session:
         self.handler: UserfaultHandler | None = None
         if self.mode is Mode.UFFD:
             assert isinstance(self.view, Registered)
-            self.handler = UserfaultHandler(self.pager, self.view, self._source_failed)
+            self.handler = UserfaultHandler(
+                self.pager,
+                self.view,
+                self._source_failed,
+                fault_around=self.fault_around,
+                parts=slot_pages(self.slots, self.ram.guest.address),
+            )
             self._undo.append(self.handler.close)
         self.vcpus = []
         for vcpu_id, state in enumerate(self.snapshot.vcpus):
@@ -156,7 +178,7 @@ class Session:
             self.eager_pages = bring_in_eagerly(self.snapshot, self.pager, self.slots)
 
     def _loop(self, vcpu: Vcpu, locate: bool, loop: Loop) -> VcpuLoop:
-        resolver = FaultResolver(vcpu, self.pager, self.slots)
+        resolver = FaultResolver(vcpu, self.pager, self.slots, fault_around=self.fault_around)
         locators = arming = compiled = None
         if loop is Loop.COMPILED and not locate:
             why = "in this mode no vCPU resolves a failed access"
@@ -231,6 +253,8 @@ class Session:
         try:
             for thread in self._threads.values():
                 thread.start()
+            if self.prefetcher is not None:
+                self.prefetcher.start()
             while not self._stopping and (alive := self._alive()):
                 alive[0].join(interval)
                 self._kick_those_who_stand_still()
@@ -278,6 +302,8 @@ class Session:
                         self.handler.release()
                 if self.handler is not None:
                     self.handler.stop()
+                if self.prefetcher is not None:
+                    self.prefetcher.stop()
                 break
             except KeyboardInterrupt as again:
                 interrupt = again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guestfault.vmm.report import Latency, Report, VcpuReport
+from guestfault.vmm.report import AheadReport, Latency, Report, VcpuReport
 
 __all__ = ["as_text"]
 
@@ -15,6 +15,7 @@ def as_text(r: Report) -> str:
         ("first instruction", _seconds(r.first_instruction)),
         ("run time", _seconds(r.seconds)),
         ("pages in", f"{r.pages_in} of {r.pages}" + _eager(r.eager_pages)),
+        *_ahead(r),
         ("faults", _faults(r)),
     ]
     if r.latency.max:
@@ -32,6 +33,29 @@ def as_text(r: Report) -> str:
 
 def _eager(n: int) -> str:
     return f", {n} of them before the start" if n else ""
+
+
+_AHEAD = {"around": "around those", "prefetch": "prefetched", "push": "pushed"}
+
+
+def _ahead(r: Report) -> list[tuple[str, str]]:
+    """On demand or not, where some were not."""
+    rows = [(_AHEAD[why], _useful(count)) for why, count in r.ahead.items() if count.pages]
+    if rows:
+        rows.insert(0, ("on demand", str(r.demanded)))
+    if r.prefetch is not None and r.prefetch.failed:
+        n = _count(r.prefetch.failed, "read")
+        then = ", and no more were tried" if r.prefetch.gave_up else ""
+        rows.append(("in advance", f"{n} failed{then}"))
+    return rows
+
+
+def _useful(count: AheadReport) -> str:
+    if count.span is None:
+        return f"{count.pages}, of use or not (none was withheld to find out)"
+    least, most = (f"{100 * fraction:.0f}" for fraction in count.span)
+    because = f"{count.wanted} of {count.withheld} that were withheld were asked for"
+    return f"{count.pages}, {least} to {most} % of use: {because}"
 
 
 def _faults(r: Report) -> str:
