@@ -30,6 +30,16 @@ def test_a_real_kvm_is_asked_for_every_capability() -> None:
         assert "bare -EFAULT" in info.detail
 
 
+def test_private_memory_needs_a_vm_of_a_type() -> None:
+    (attributes,) = (c for c in kvm._CAPABILITIES if c.name == "MEMORY_ATTRIBUTES")
+    with_type = kvm._capability(attributes, 0, types=0b11)
+    assert (with_type.status, with_type.mend) == (Status.OK, "")
+    assert "KVM_X86_SW_PROTECTED_VM" in with_type.detail
+    without = kvm._capability(attributes, 0, types=0b01)
+    assert without.status is Status.MISSING
+    assert "CONFIG_KVM_SW_PROTECTED_VM" in without.mend
+
+
 def test_no_device_is_one_finding_with_a_mend(tmp_path: Path) -> None:
     path = str(tmp_path / "kvm")
     (finding,) = kvm.probe(path)

@@ -148,15 +148,27 @@ def test_guest_memfd_refused_with_its_numbers(vm):
     assert (error.errno, error.detail) == (errno.EINVAL, "0x123 bytes, flags 0x0")
 
 
-def test_memory_attributes(machine, layout):
+def test_an_ordinary_vm_has_no_memory_attributes(machine, layout):
     private = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
-    attributes = machine.vm.check_extension(uapi.KVM_CAP_MEMORY_ATTRIBUTES)
-    if attributes & private:
-        machine.vm.set_memory_attributes(0, layout.RAM_SIZE, private)
-    else:
-        error = refused(machine.vm.set_memory_attributes, 0, layout.RAM_SIZE, private)
-        assert error.errno in (errno.EINVAL, errno.ENOTTY)
-        assert "[0x0, 0x200000), attributes 0x8" in str(error)
+    assert machine.vm.check_extension(uapi.KVM_CAP_MEMORY_ATTRIBUTES) == 0
+    error = refused(machine.vm.set_memory_attributes, 0, layout.RAM_SIZE, private)
+    assert error.errno in (errno.EINVAL, errno.ENOTTY)
+    assert "[0x0, 0x200000), attributes 0x8" in str(error)
+
+
+def test_a_protected_vm_has_them(system, layout):
+    kind, private = uapi.KVM_X86_SW_PROTECTED_VM, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
+    if not system.check_extension(uapi.KVM_CAP_VM_TYPES) >> kind & 1:
+        error = refused(system.create_vm, kind)
+        assert (error.call, error.errno) == ("KVM_CREATE_VM", errno.EINVAL)
+        return
+    vm = system.create_vm(kind)
+    assert vm.check_extension(uapi.KVM_CAP_MEMORY_ATTRIBUTES) == private
+    vm.set_memory_attributes(0, layout.RAM_SIZE, private)
+    vm.set_memory_attributes(layout.PAGE, layout.PAGE, 0)
+    assert refused(vm.set_memory_attributes, 0x123, layout.PAGE, private).errno == errno.EINVAL
+    assert refused(vm.set_memory_attributes, 0, layout.PAGE, 1).errno == errno.EINVAL
+    vm.close()
 
 
 # -- what was never merged -------------------------------------------------------------------------

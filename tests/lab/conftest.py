@@ -16,6 +16,9 @@ from guestfault.lab.qemu import fetch_qemu, find_qemu
 
 RELEASE = "6.99.1-lab"
 
+Built = Callable[..., Kernel]
+"""The fixture ``built``."""
+
 
 def bzimage(release: str = RELEASE, *, size: int = 4096) -> bytes:
     """A file with the header of an x86 kernel, and nothing to run in it."""
@@ -104,3 +107,19 @@ def lab_kernel() -> Kernel:
     if not here:
         pytest.skip("the lab: no kernel fetched; guestfault lab fetch 7.3, or GUESTFAULT_LAB=7.3")
     return here[-1]
+
+
+@pytest.fixture(scope="session")
+def protected_kernel() -> Kernel:
+    """One that has private memory, which somebody has built."""
+    try:
+        find_qemu()
+        found = [kernel for kernel in fetched() if kernel.release.endswith("-sw-protected")]
+    except GuestfaultError as error:
+        pytest.skip(f"the lab: {error}")
+    if not found:
+        pytest.skip(
+            "the lab: no kernel with private memory; scripts/sw-protected-kernel.sh builds one,"
+            " guestfault lab add keeps it"
+        )
+    return found[-1]

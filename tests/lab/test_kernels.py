@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.lab.conftest import bzimage
+from tests.lab.conftest import RELEASE, Built, bzimage, module
 
 from guestfault.lab import kernels
-from guestfault.lab.errors import UnknownKernelError
-from guestfault.lab.kernels import choose, fetch_kernel, fetched, find_kernel
+from guestfault.lab.errors import NoModulesError, NotAKernelError, UnknownKernelError
+from guestfault.lab.image import Kernel
+from guestfault.lab.kernels import add_kernel, choose, fetch_kernel, fetched, find_kernel
+from guestfault.lab.modules import modules_for
 
 CLOUD = "-cloud-amd64"
 OLD, NEW, NEWEST = f"6.12.9+deb12{CLOUD}", f"6.12.95+deb12{CLOUD}", f"6.12.95+deb12.1{CLOUD}"
@@ -87,3 +89,43 @@ def test_fetching_what_is_here_asks_nobody(
     put(empty_store, NEW, f"boot/vmlinuz-{NEW}")
     monkeypatch.setenv("PATH", "/nonexistent")
     assert fetch_kernel("6.12").release == NEW
+
+
+# -- added ones ----------------------------------------------------------------------------------
+
+
+def test_an_added_kernel_is_there_when_its_tree_is_gone(built: Built, empty_store: Path) -> None:
+    files = {
+        "kernel/arch/x86/kvm/kvm-amd.ko": module(depends="kvm"),
+        "kernel/arch/x86/kvm/kvm.ko": module(),
+        "kernel/drivers/other.ko": module(),
+    }
+    kernel = built(files)
+    wanted = modules_for(kernel)
+    added = add_kernel(kernel)
+    kernel.image.unlink()
+    assert added == find_kernel(RELEASE) == fetched()[0]
+    assert added.image.read_bytes() == bzimage()
+    assert modules_for(added) == wanted
+    assert [module.name for module in wanted] == ["kvm", "kvm_amd"]
+    assert add_kernel(added) == added  # itself, again
+
+
+def test_an_added_kernel_with_kvm_built_in_has_no_modules(built: Built, empty_store: Path) -> None:
+    added = add_kernel(built())
+    assert added.modules is None
+    assert find_kernel(RELEASE) == added
+
+
+def test_a_newer_build_takes_the_place_of_the_older(built: Built, empty_store: Path) -> None:
+    add_kernel(built({"kvm-amd.ko": module()}))
+    assert add_kernel(Kernel(built().image, RELEASE, None)).modules is None
+    assert len(fetched()) == 1
+
+
+def test_what_cannot_be_added_leaves_nothing(built: Built, empty_store: Path) -> None:
+    with pytest.raises(NoModulesError, match="no module kvm, which kvm_amd needs"):
+        add_kernel(built({"kvm-amd.ko": module(depends="kvm")}))
+    with pytest.raises(NotAKernelError, match="no name for a directory"):
+        add_kernel(Kernel(built().image, "../7.3", None))
+    assert fetched() == []

@@ -12,7 +12,14 @@ from tests.lab.conftest import entries
 
 import guestfault
 from guestfault.errors import Unavailable
-from guestfault.lab.layers import PYTHON, libraries, package_layer, python_layer
+from guestfault.lab.layers import (
+    DEPENDENCIES,
+    PYTHON,
+    libraries,
+    numba_layer,
+    package_layer,
+    python_layer,
+)
 
 
 @pytest.mark.timeout(120)
@@ -55,6 +62,27 @@ def test_python_runs_from_its_layer_alone(empty_store: Path, tmp_path: Path) -> 
         check=False,
     )
     assert done.stdout.strip() == f"guestfault {guestfault.__version__}", done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_numba_comes_with_its_libraries_where_it_looks_for_them(empty_store: Path) -> None:
+    pytest.importorskip("numba")
+    layer = numba_layer()
+    found = entries(layer)
+    assert found[f"{DEPENDENCIES}/llvmlite/binding/libllvmlite.so"][0] == stat.S_IFREG | 0o755
+    assert {f"{DEPENDENCIES}/{name}/__init__.pyc" for name in ("numba", "numpy")} <= set(found)
+    # What a wheel brings lies where the wheel's own paths lead, and nowhere else.
+    names = [os.path.basename(path) for path in found if ".libs/" in path]
+    assert len(names) == len(set(names))
+    assert not [path for path in found if "site-packages" in path or "/tests/" in path]
+    assert numba_layer() == layer
+    shutil.rmtree(empty_store)  # 200 MB
+
+
+def test_no_numba_to_take_along(empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(Unavailable, match=r"numba is not installed.*guestfault\[fast\]"):
+        numba_layer()
 
 
 def test_the_package_comes_with_bytecode_that_is_believed(empty_store: Path) -> None:

@@ -72,6 +72,16 @@ def test_a_qemu_that_refuses(built: Built) -> None:
         run(built(), ["x"], qemu=Qemu(Path("/bin/false"), (10, 0, 0)))
 
 
+def test_numba_needs_more_memory(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guestfault.lab.initramfs.numba_layer", lambda: bytes(200 << 20))
+    nobody = Qemu(Path("/bin/false"), (10, 0, 0))
+    with pytest.raises(TooSmallError) as caught:
+        run(built(), ["x"], memory=512, numba=True, qemu=nobody)
+    assert 512 < caught.value.least < 1024
+    with pytest.raises(QemuError):
+        run(built(), ["x"], numba=True, qemu=nobody)
+
+
 # -- real machines -------------------------------------------------------------------------------
 
 
@@ -105,6 +115,14 @@ def test_a_command_and_what_comes_of_it(lab_kernel: Kernel, tmp_path: Path) -> N
     assert result.missing == {"/tmp/none": "No such file or directory"}
     assert result.warnings == []
     assert 0 < result.boot_seconds < result.seconds
+
+
+@pytest.mark.timeout(240)
+def test_numba_compiles_inside(lab_kernel: Kernel) -> None:
+    pytest.importorskip("numba")
+    code = "import numba\nprint(numba.njit(lambda n: n * 6)(7))"
+    result = run(lab_kernel, python(code), numba=True, needs_kvm=False)
+    assert (result.status, result.stdout) == (0, b"42\n"), result.stderr
 
 
 @pytest.mark.timeout(240)

@@ -88,3 +88,24 @@ def test_of_another_process():
     with pytest.raises(Unavailable) as caught:
         Pagemap(0)
     assert caught.value.what == "/proc/0/pagemap"
+
+
+@given(swap_type=st.integers(0, 31), pfn=st.integers(0, 40), broken=st.integers(0, 40))
+def test_a_broken_page_is_told_by_its_number(
+    swap_type: int, pfn: int, broken: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever type this kernel's configuration gives to broken memory, and to no other page."""
+    flags = tmp_path_factory.mktemp("proc") / "kpageflags"
+    flags.write_bytes(bytes(8 * broken) + (1 << uapi.KPF_HWPOISON).to_bytes(8, "little"))
+    with pytest.MonkeyPatch.context() as patch, Pagemap() as pagemap:
+        patch.setattr("guestfault.linux.pagemap._KPAGEFLAGS", str(flags))
+        patch.setattr(pagemap, "entry", lambda _: uapi.PM_SWAP | pfn << 5 | swap_type)
+        state = pagemap.state(0)
+    is_marker = swap_type == 31 and bool(pfn & 2)
+    assert state.poisoned == (is_marker or (22 <= swap_type <= 30 and pfn == broken))
+
+
+def test_a_swap_entry_is_not_broken_for_who_may_not_look(pagemap, monkeypatch, tmp_path):
+    monkeypatch.setattr("guestfault.linux.pagemap._KPAGEFLAGS", str(tmp_path / "none"))
+    monkeypatch.setattr(pagemap, "entry", lambda _: uapi.PM_SWAP | 7 << 5 | 27)
+    assert not pagemap.state(0).poisoned

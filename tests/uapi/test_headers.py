@@ -31,6 +31,7 @@ HEADERS = [
     "linux/kvm.h",
     "linux/memfd.h",
     "linux/mman.h",
+    "linux/kernel-page-flags.h",
     "linux/perf_event.h",
     "linux/userfaultfd.h",
     "linux/version.h",

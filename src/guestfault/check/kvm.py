@@ -73,6 +73,7 @@ def probe(device: str = DEVICE) -> tuple[Finding, ...]:
     except Unavailable as refusal:
         return (_unusable(device, refusal.why, _mend(device) or refusal.mend),)
     try:
+        types = max(system.check_extension(uapi.KVM_CAP_VM_TYPES), 0)
         vm = system.create_vm()
     except GuestfaultError as refusal:
         return (_unusable(device, str(refusal), "see dmesg for what KVM said"),)
@@ -81,7 +82,8 @@ def probe(device: str = DEVICE) -> tuple[Finding, ...]:
     try:
         detail = f"API version {uapi.KVM_API_VERSION}, makes VMs for this user"
         opened = Finding(device, Status.OK, detail, needed_for=NEEDED_FOR)
-        return (opened, *(_capability(c, vm.check_extension(c.number)) for c in _CAPABILITIES))
+        found = (_capability(c, vm.check_extension(c.number), types) for c in _CAPABILITIES)
+        return (opened, *found)
     finally:
         vm.close()
 
@@ -90,7 +92,8 @@ def _unusable(device: str, why: str, mend: str) -> Finding:
     return Finding(device, Status.MISSING, why, mend, NEEDED_FOR)
 
 
-def _capability(capability: _Capability, answer: int) -> Finding:
+def _capability(capability: _Capability, answer: int, types: int) -> Finding:
+    """What a VM's answer means, where VMs of these ``types`` (a bit each) can be had."""
     name, gives, since, needed_for = capability
     number = capability.number
     if name == "MEMORY_FAULT_INFO" and answer:
@@ -105,6 +108,9 @@ def _capability(capability: _Capability, answer: int) -> Finding:
         # Some answer with a bit mask of what they offer.
         value = f" = {answer:#x}" if answer > 1 and answer != number else ""
         return Finding(name, Status.OK, f"cap {number}{value}: {gives}", needed_for=needed_for)
+    if name == "MEMORY_ATTRIBUTES" and types >> uapi.KVM_X86_SW_PROTECTED_VM & 1:
+        detail = f"cap {number}: {gives}, in a VM of the type KVM_X86_SW_PROTECTED_VM"
+        return Finding(name, Status.OK, detail, needed_for=needed_for)
     if name == "MEMORY_ATTRIBUTES":
         mend = "a kernel with CONFIG_KVM_SW_PROTECTED_VM, SEV-SNP or TDX, and a VM of that type"
     elif name == "PRE_FAULT_MEMORY":

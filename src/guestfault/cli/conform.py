@@ -130,9 +130,9 @@ def _into(path: str, document: Document) -> Document:
     """The table that is kept there, with these results."""
     kept = load(path) if Path(path).exists() else Document()
     kept.take_in(document)
-    known = {case.name for case in matching([])}
+    known = [case.name for case in matching([])]
     for column in kept.columns:
-        column.cases = {name: found for name, found in column.cases.items() if name in known}
+        column.cases = {name: column.cases[name] for name in known if name in column.cases}
     save(kept, path)
     return kept
 

@@ -9,8 +9,16 @@ from pathlib import Path
 from guestfault.errors import GuestfaultError
 from guestfault.lab.errors import MachineError
 from guestfault.lab.frames import Kind
-from guestfault.lab.kernels import SUITES, fetch_kernel, fetched, find_kernel
-from guestfault.lab.machine import BOOT_TIMEOUT, MEMORY, TIMEOUT, Result, run
+from guestfault.lab.image import open_kernel
+from guestfault.lab.kernels import SUITES, add_kernel, fetch_kernel, fetched, find_kernel
+from guestfault.lab.machine import (
+    BOOT_TIMEOUT,
+    MEMORY,
+    MEMORY_WITH_NUMBA,
+    TIMEOUT,
+    Result,
+    run,
+)
 from guestfault.lab.qemu import Qemu, fetch_qemu, find_qemu
 from guestfault.lab.store import storing
 
@@ -21,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the commands of the lab and their arguments."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fetch(commands.add_parser("fetch", help="get a Debian kernel, and QEMU if need be"))
+    _add_add(commands.add_parser("add", help="keep a kernel that was built, under its release"))
     _add_run(commands.add_parser("run", help="boot a kernel and run a command in it"))
     list_ = commands.add_parser("list", help="the kernels and the QEMU that are here")
     list_.set_defaults(lab=_list)
@@ -45,12 +54,18 @@ def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(lab=_fetch)
 
 
+def _add_add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kernel", metavar="PATH", help="a bzImage, or a built kernel tree")
+    parser.add_argument("--modules", type=Path, metavar="DIR", help="the kernel's modules")
+    parser.set_defaults(lab=_add)
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         required=True,
         metavar="PATH|NAME",
-        help="a bzImage, a built kernel tree, or the name of a fetched kernel",
+        help="a bzImage, a built kernel tree, or the name of a kernel in `lab list`",
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="the kernel's modules")
     parser.add_argument(
@@ -61,7 +76,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--smp", type=_positive, default=1, metavar="N", help="processors")
     parser.add_argument(
-        "--memory", type=_positive, default=MEMORY, metavar="MiB", help=f"default {MEMORY}"
+        "--memory",
+        type=_positive,
+        metavar="MiB",
+        help=f"default {MEMORY}; with numba {MEMORY_WITH_NUMBA}",
     )
     parser.add_argument(
         "--timeout",
@@ -92,6 +110,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=_pair,
         metavar="HERE:INSIDE",
         help="a program, with its libraries, a file or a directory to take along",
+    )
+    parser.add_argument(
+        "--with-numba",
+        action="store_true",
+        help="take numba along, for the compiled loop (+200 MB)",
     )
     parser.add_argument(
         "--append", action="append", default=[], metavar="TEXT", help="to the kernel command line"
@@ -143,7 +166,7 @@ def _say(text: str) -> None:
     print(f"guestfault: {text}", file=sys.stderr, flush=True)
 
 
-# -- fetch, list ---------------------------------------------------------------------------------
+# -- fetch, add, list ----------------------------------------------------------------------------
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -151,6 +174,12 @@ def _fetch(args: argparse.Namespace) -> int:
         kernel = fetch_kernel(name, mirror=args.mirror, suites=args.suite or SUITES, say=_say)
         print(f"{kernel.release}  {kernel.image}")
     _show_qemu(fetch_qemu(mirror=args.mirror, say=_say))
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    kernel = add_kernel(open_kernel(Path(args.kernel), args.modules))
+    print(f"{kernel.release}  {kernel.image}")
     return 0
 
 
@@ -188,6 +217,7 @@ def _run(args: argparse.Namespace) -> int:
             added={inside: Path(here) for here, inside in args.add},
             arguments=args.append,
             needs_kvm=not args.without_kvm,
+            numba=args.with_numba,
             verbose=args.verbose,
             on_output=_pass_on,
             on_console=_show_console if args.verbose else None,

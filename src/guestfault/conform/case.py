@@ -15,8 +15,9 @@ from guestfault.conform.condition import Condition
 from guestfault.conform.guest_memfd import GUEST_MEMFD
 from guestfault.conform.guests import ACCESSES, Access
 from guestfault.conform.plain import PLAIN
+from guestfault.conform.private import PRIVATE
 from guestfault.conform.record import Result
-from guestfault.conform.scripts import one_vcpu, prefault, two_vcpus
+from guestfault.conform.scripts import conversion, one_vcpu, prefault, two_vcpus
 from guestfault.conform.userfault import USERFAULT
 from guestfault.errors import GuestfaultError
 from guestfault.guest.layout import Mode
@@ -61,7 +62,7 @@ class Case:
         return result
 
 
-CONDITIONS = PLAIN | USERFAULT | GUEST_MEMFD
+CONDITIONS = PLAIN | USERFAULT | GUEST_MEMFD | PRIVATE
 
 _BASIC = "read write rmw exec"
 _ACROSS = "read-into read-out write-into write-out"
@@ -95,13 +96,18 @@ _ROWS: dict[str, tuple[str, str]] = {
     "gmem-closed": (_BASIC, "cpl3 cpl0"),
     "gmem-punched": ("read write", "cpl3 cpl0"),
     "gmem-hwpoison": ("read write exec", "cpl3 cpl0"),
-    "private": ("read write", "cpl3 cpl0"),
-    "private-no-gmem": ("read write exec", "cpl3 cpl0"),
+    "private": (f"{_BASIC} push movs-to outs ins walk-read event", "cpl3 cpl0"),
+    "private-no-gmem": (f"{_BASIC} push movs-to outs ins walk-read event", "cpl3 cpl0"),
+    "private-closed": (f"{_BASIC} walk-read", "cpl3 cpl0"),
+    "private-no-slot": (f"{_BASIC} walk-read", "cpl3 cpl0"),
+    "shared-prot-none": (_BASIC, "cpl3 cpl0"),
+    "converted": ("read write rmw", "cpl3 cpl0"),
 }
 
 _PREFAULTED = (
     "normal prot-none unmapped read-only read-only-slot past-eof no-slot missing-sigbus"
-    " minor-sigbus wp-sigbus gmem gmem-closed private-no-gmem"
+    " minor-sigbus wp-sigbus gmem gmem-closed private private-no-gmem"
+    " private-closed private-no-slot"
 )
 _SHARED = "normal prot-none missing missing-sigbus minor"
 
@@ -111,7 +117,8 @@ def _all() -> Iterator[Case]:
         for access in map(ACCESSES.__getitem__, accesses.split()):
             for mode in modes.split():
                 if MODES[mode] in access.modes:
-                    yield _case(condition, access.name, mode, one_vcpu)
+                    script = conversion if condition == "converted" else one_vcpu
+                    yield _case(condition, access.name, mode, script)
     for condition in _SHARED.split():
         for access_name in ("read", "write"):
             yield _case(condition, access_name, "cpl3", two_vcpus, "two-vcpus")

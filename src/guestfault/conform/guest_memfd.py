@@ -14,21 +14,20 @@ from guestfault.conform import places
 from guestfault.conform.bench import TARGET_SLOT, Bench
 from guestfault.conform.condition import THE_PAGE, Arranged, Condition, by_name
 from guestfault.errors import KernelError, Unavailable
-from guestfault.kvm.protocols import System, Vm
-from guestfault.kvm.system import KvmSystem
+from guestfault.kvm.protocols import Vm
 from guestfault.kvm.vm import KvmVm
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["GUEST_MEMFD"]
+__all__ = ["GUEST_MEMFD", "bind", "vm_with"]
 
 _MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
 
 
-def _vm_with(bench: Bench, cap: int, bits: int = 0) -> KvmVm:
+def vm_with(bench: Bench, cap: int, bits: int = 0) -> KvmVm:
     """The bench's VM, if it has guest_memfd and all ``bits`` of a capability."""
-    vm = _real(bench.vm)
+    vm = real_vm(bench.vm)
     for needed, wanted in ((uapi.KVM_CAP_GUEST_MEMFD, 0), (cap, bits)):
         found = vm.check_extension(needed)
         if found <= 0 or found & wanted != wanted:
@@ -36,20 +35,21 @@ def _vm_with(bench: Bench, cap: int, bits: int = 0) -> KvmVm:
     return vm
 
 
-def _real(vm: Vm) -> KvmVm:
+def real_vm(vm: Vm) -> KvmVm:
     if not isinstance(vm, KvmVm):
         raise Unavailable("guest_memfd", "the software KVM does not have it")
     return vm
 
 
-def _bind(bench: Bench, vm: KvmVm, fd: int, hva: int = 0) -> None:
+def bind(bench: Bench, vm: KvmVm, fd: int, hva: int = 0) -> None:
+    """Put a guest_memfd into the target's slot, and the target's memory beside it."""
     where = places.TARGET, places.TARGET_SIZE, hva or bench.target.guest.address
     vm.set_user_memory_region2(TARGET_SLOT, *where, uapi.KVM_MEM_GUEST_MEMFD, guest_memfd=fd)
 
 
 def _mapped(bench: Bench) -> tuple[Memfd, Mapping, Arranged]:
     """The target in a guest_memfd that is mapped here."""
-    vm = _vm_with(bench, uapi.KVM_CAP_GUEST_MEMFD_FLAGS, _MAPPABLE)
+    vm = vm_with(bench, uapi.KVM_CAP_GUEST_MEMFD_FLAGS, _MAPPABLE)
     fd = vm.create_guest_memfd(places.TARGET_SIZE, _MAPPABLE)
     memfd = Memfd.adopt(fd, "guest_memfd", places.TARGET_SIZE)
     arranged = Arranged(lambda: None)
@@ -58,7 +58,7 @@ def _mapped(bench: Bench) -> tuple[Memfd, Mapping, Arranged]:
     arranged.to_close.callback(mapping.close)
     bench.target.bytes = mapping.view()
     bench.target.write(0, 4)
-    _bind(bench, vm, fd, mapping.address)
+    bind(bench, vm, fd, mapping.address)
     return memfd, mapping, arranged
 
 
@@ -69,9 +69,9 @@ def _gmem(bench: Bench) -> Arranged:
 def _elsewhere(bench: Bench) -> Arranged:
     """The slot's address is not where the file is mapped: KVM's own accesses go by the address."""
     memfd, _, arranged = _mapped(bench)
-    vm = _real(bench.vm)
+    vm = real_vm(bench.vm)
     bench.remove_target()
-    _bind(bench, vm, memfd.fd)
+    bind(bench, vm, memfd.fd)
     return arranged
 
 
@@ -100,9 +100,9 @@ def _hwpoison(bench: Bench) -> Arranged:
 
 
 def _closed(bench: Bench) -> Arranged:
-    vm = _vm_with(bench, uapi.KVM_CAP_GUEST_MEMFD_FLAGS, _MAPPABLE)
+    vm = vm_with(bench, uapi.KVM_CAP_GUEST_MEMFD_FLAGS, _MAPPABLE)
     fd = vm.create_guest_memfd(places.TARGET_SIZE, _MAPPABLE)
-    _bind(bench, vm, fd)
+    bind(bench, vm, fd)
     os.close(fd)
 
     def mend() -> None:
@@ -114,41 +114,6 @@ def _closed(bench: Bench) -> Arranged:
     return Arranged(mend)
 
 
-def _create_protected(system: System) -> Vm:
-    """A VM of the type KVM_X86_SW_PROTECTED_VM, which has private memory without hardware."""
-    if not isinstance(system, KvmSystem):
-        raise Unavailable("KVM_X86_SW_PROTECTED_VM", "the software KVM does not have it")
-    kind = uapi.KVM_X86_SW_PROTECTED_VM
-    types = max(system.check_extension(uapi.KVM_CAP_VM_TYPES), 0)
-    if not types >> kind & 1:
-        why = f"capability {uapi.KVM_CAP_VM_TYPES} is {types:#x}"
-        raise Unavailable(
-            "KVM_X86_SW_PROTECTED_VM", why, "a kernel with CONFIG_KVM_SW_PROTECTED_VM"
-        )
-    return system.create_vm(kind)
-
-
-def _private(bench: Bench) -> Arranged:
-    """Private, with a file to be private in: it begins empty, and nobody can fill it."""
-    vm = _vm_with(bench, uapi.KVM_CAP_MEMORY_ATTRIBUTES, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    bench.target.write(0, 4)
-    fd = vm.create_guest_memfd(places.TARGET_SIZE)
-    _bind(bench, vm, fd)
-    vm.set_memory_attributes(places.THE_PAGE, places.PAGE, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    arranged = Arranged(lambda: vm.set_memory_attributes(places.THE_PAGE, places.PAGE, 0))
-    arranged.to_close.callback(os.close, fd)
-    return arranged
-
-
-def _no_gmem(bench: Bench) -> Arranged:
-    """Private, in a slot without a file."""
-    vm = _vm_with(bench, uapi.KVM_CAP_MEMORY_ATTRIBUTES, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    bench.target.write(0, 4)
-    bench.set_target()
-    vm.set_memory_attributes(places.THE_PAGE, places.PAGE, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    return Arranged(lambda: vm.set_memory_attributes(places.THE_PAGE, places.PAGE, 0))
-
-
 GUEST_MEMFD: dict[str, Condition] = by_name(
     Condition("gmem", "in a guest_memfd that is mapped", _gmem),
     Condition("gmem-elsewhere", "in a guest_memfd, the slot's address elsewhere", _elsewhere),
@@ -156,13 +121,6 @@ GUEST_MEMFD: dict[str, Condition] = by_name(
     Condition("gmem-closed", "in a guest_memfd that was closed", _closed),
     Condition(
         "gmem-hwpoison", "MADV_HWPOISON in a guest_memfd", _hwpoison, hostile=True, in_child=True
-    ),
-    Condition("private", "private, in a guest_memfd", _private, create_vm=_create_protected),
-    Condition(
-        "private-no-gmem",
-        "private, in a slot without a guest_memfd",
-        _no_gmem,
-        create_vm=_create_protected,
     ),
 )
 """By their names."""

@@ -135,6 +135,8 @@ class Observer:
         ret = self._watched.result()
         bench, vcpu = self._bench, self.vcpu
         run = vcpu.kvm_run
+        if ret == 0 and run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR:
+            _forget_processor(run.internal)
         exit_reason = None if run.exit_reason == STALE else int(run.exit_reason)
         said = outcome(ret, run, bench.interface, bench.in_slot)
         union = _changed(self._before, union_of(vcpu))
@@ -211,6 +213,17 @@ class Observer:
                 if 0 <= stack < places.TABLES_END:
                     more["error_code"] = self._bench.word(stack)
         return name, more
+
+
+def _forget_processor(internal: Any) -> None:
+    """Take out of an internal error on which of the host's processors the vCPU was last."""
+    # The last word (kvm_prepare_event_vectoring_exit, arch/x86/kvm/x86.c).
+    told = (
+        uapi.KVM_INTERNAL_ERROR_DELIVERY_EV,
+        uapi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+    )
+    if internal.suberror in told and 0 < internal.ndata <= len(internal.data):
+        internal.data[internal.ndata - 1] = 0
 
 
 _MMIO_DATA = type(uapi.kvm_run().mmio).data.offset

@@ -16,6 +16,7 @@ from guestfault.conform.bench import Bench
 from guestfault.conform.condition import Arranged, Condition
 from guestfault.conform.guests import Access
 from guestfault.conform.observe import COMPLETES, Observer, errno_name
+from guestfault.conform.private import set_private
 from guestfault.conform.record import Exit, Phase, Result
 from guestfault.conform.watch import PATIENCE, NeverReturnedError, Watched
 from guestfault.errors import Unavailable
@@ -24,7 +25,7 @@ from guestfault.kvm.protocols import System
 from guestfault.kvm.vcpu import KvmVcpu
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["one_vcpu", "prefault", "two_vcpus"]
+__all__ = ["conversion", "one_vcpu", "prefault", "two_vcpus"]
 
 
 @contextmanager
@@ -175,6 +176,38 @@ def two_vcpus(system: System, condition: Condition, access: Access, mode: Mode) 
             phases.append(_settled(both[0], both[0].phase("vcpu 0: mended"), bench))
         word = words[0] if words[0] == words[1] else " + ".join(words)
         return _judged(Result("", word, phases), both[0], bench, condition)
+
+
+def conversion(system: System, condition: Condition, access: Access, mode: Mode) -> Result:
+    """The page is shared, private, shared and private again, and each time the guest accesses it.
+
+    Of each it is recorded what the guest reported and what is in shared memory then, which before
+    it is as it was at the beginning.  It ends well if private memory reads as zeros, and what is
+    done to it never shows in shared memory.
+    """
+    with _bench(system, condition, access, mode) as bench, _arranged(bench, condition.arrange):
+        observer = Observer(bench, bench.create_vcpu())
+        observer.ready()
+        result, right = Result("", COMPLETES), True
+        for private, name in enumerate(("shared", "private", "shared again", "private again")):
+            is_private = bool(private % 2)
+            bench.target.write(1)
+            set_private(bench, is_private)
+            phase = observer.phase(name)
+            result.phases.append(phase)
+            result.word = _word(phase)
+            if result.word != COMPLETES:
+                result.ending = "never"
+                return result
+            assert observer.value is not None
+            memory = bench.word(access.at)
+            phase.exits[-1].payload |= {"value": f"{observer.value:#x}", "memory": f"{memory:#x}"}
+            value, (_, stored) = access.value, access.memory or (0, places.CONTENT)
+            if is_private:
+                value, stored = None if value is None else 0, places.CONTENT
+            right &= memory == stored and value in (None, observer.value)
+        result.ending = "right" if right else "wrong"
+        return result
 
 
 def prefault(system: System, condition: Condition, access: Access, mode: Mode) -> Result:

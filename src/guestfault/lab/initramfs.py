@@ -1,7 +1,8 @@
 """Everything that a machine has in it, as the initramfs its kernel is started with.
 
 Layers, one behind the other (:mod:`~guestfault.lab.cpio`): Python and its libraries, which stay the
-same from run to run, this package, KVM's modules, the files and the job of this one run.
+same from run to run, numba if it was asked for, this package, KVM's modules, the files and the job
+of this one run.
 
 They are not compressed.  An emulated processor takes longer to unpack them than QEMU takes to hand
 them over, and to the kernel they are the same.
@@ -18,7 +19,14 @@ from pathlib import Path
 from guestfault.lab.cpio import Archive
 from guestfault.lab.elf import is_elf
 from guestfault.lab.inside import JOB, MODULES
-from guestfault.lab.layers import DEPENDENCIES, PACKAGE, libraries, package_layer, python_layer
+from guestfault.lab.layers import (
+    DEPENDENCIES,
+    PACKAGE,
+    libraries,
+    numba_layer,
+    package_layer,
+    python_layer,
+)
 from guestfault.lab.modules import Module
 from guestfault.lab.store import storing
 
@@ -33,7 +41,7 @@ class Job:
     """What is to be done inside.
 
     ``files`` are paths inside to be brought back, ``added`` paths here by the path inside that they
-    get.
+    get.  ``numba``: whether it comes along.
     """
 
     command: Sequence[str]
@@ -41,6 +49,7 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, Path] = field(default_factory=dict)
     needs_kvm: bool = True
+    numba: bool = False
 
     def as_json(self) -> bytes:
         """As :mod:`~guestfault.lab.inside` reads it."""
@@ -78,7 +87,8 @@ def initramfs(modules: Sequence[Module], job: Job) -> list[bytes]:
     for inside, path in job.added.items():
         _add(run, path, inside)
     run.file(JOB, job.as_json())
-    return [python_layer(), package_layer(), bytes(run)]
+    compiler = [numba_layer()] if job.numba else []
+    return [python_layer(), *compiler, package_layer(), bytes(run)]
 
 
 def _add(archive: Archive, path: Path, inside: str) -> None:

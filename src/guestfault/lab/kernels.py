@@ -1,4 +1,4 @@
-"""Debian's kernels, by name: fetched once, and found again.
+"""Kernels by name: Debian's, fetched once and found again, and built ones that were added.
 
 A name is the beginning of a version, ``6.12`` or ``7.3.4``, and means the newest such kernel of
 the ``cloud`` flavour, the smallest; or it is the name of a package, ``linux-image-...``, or what
@@ -6,21 +6,25 @@ follows that prefix, and means exactly that one.
 
 A kernel comes in one package, or, in the newer ones, in several: ``linux-image-*`` is empty there,
 the image is in ``linux-binary-*`` (under ``lib/modules``), the modules are in ``linux-modules-*``.
+
+A built kernel needs no name: its path is one.  One that is *added* has its release for a name, and
+is there when the tree it came from is built anew, or gone.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from guestfault.lab.apt import PrivateApt, find_mirror, unpack
-from guestfault.lab.errors import FetchError, StorageError, UnknownKernelError
+from guestfault.lab.errors import FetchError, NotAKernelError, StorageError, UnknownKernelError
 from guestfault.lab.image import Kernel, open_kernel
 from guestfault.lab.modules import modules_for
 from guestfault.lab.store import making_directory, store
 
-__all__ = ["SUITES", "choose", "fetch_kernel", "fetched", "find_kernel"]
+__all__ = ["SUITES", "add_kernel", "choose", "fetch_kernel", "fetched", "find_kernel"]
 
 SUITES = ("bookworm-backports", "trixie-backports", "trixie", "bookworm")
 """Where a kernel is looked for, in this order: first the suites whose lists are short."""
@@ -38,7 +42,8 @@ def fetched() -> list[Kernel]:
     for directory in sorted((store() / "kernels").glob("[!.]*"), key=lambda p: _order(p.name)):
         image = _image(directory, directory.name)
         if image is not None:
-            found.append(open_kernel(image, directory))
+            has_modules = any((directory / lib).is_dir() for lib in ("lib", "usr/lib"))
+            found.append(open_kernel(image, directory if has_modules else None))
     return found
 
 
@@ -57,6 +62,30 @@ def find_kernel(name: str, modules: Path | None = None) -> Kernel:
         raise UnknownKernelError(name, f"not here ({have}); guestfault lab fetch {name}")
     kernel = here[release]
     return kernel if modules is None else open_kernel(kernel.image, modules)
+
+
+def add_kernel(kernel: Kernel) -> Kernel:
+    """Copy a kernel's image, and of its modules KVM's, to where it is found by its release.
+
+    One of the same release that is there gives way.  Raises
+    :class:`~guestfault.lab.errors.NoModulesError` as a run of it would,
+    :class:`~guestfault.lab.errors.NotAKernelError` for a release that is no name, and
+    :class:`~guestfault.lab.errors.StorageError`.
+    """
+    release = kernel.release
+    if "/" in release or release.startswith("."):
+        raise NotAKernelError(kernel.image, f"its release, {release!r}, is no name for a directory")
+    modules = modules_for(kernel)
+    with making_directory(store() / "kernels" / release) as directory:
+        image = directory / "boot" / f"vmlinuz-{release}"
+        image.parent.mkdir()
+        shutil.copyfile(kernel.image, image)
+        if modules:
+            into = directory / "lib" / "modules" / release
+            into.mkdir(parents=True)
+        for module in modules:
+            (into / f"{module.name}.ko").write_bytes(module.data)
+    return find_kernel(release)
 
 
 def fetch_kernel(

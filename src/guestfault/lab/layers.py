@@ -41,6 +41,7 @@ __all__ = [
     "PACKAGE",
     "PYTHON",
     "libraries",
+    "numba_layer",
     "package_layer",
     "python_layer",
 ]
@@ -64,6 +65,8 @@ _NOT_INSIDE = frozenset(
 _NO_MODULE = re.compile(
     r"(_test|_xx|xx|_ctypes_test|_tkinter|_sqlite3|_dbm|_gdbm|_curses|readline|nis)[\w-]*\."
 )
+# Pools for numba's parallel loops, of which there is none here: they need libraries of their own.
+_NO_PART = re.compile(r"(tbb|omp)pool\.")
 _UNCHECKED = (0b01).to_bytes(4, "little")  # PEP 552: by hash, and not to be compared with a source
 _ENTRY_POINT = f"""\
 #!{PYTHON}
@@ -79,7 +82,7 @@ Input = tuple[str, int, int]
 def python_layer() -> bytes:
     """The interpreter, the standard library and this package's dependencies, as an archive."""
     sources = [Path(sys.executable).resolve(), *_standard_library()]
-    packages = list(_dependencies())
+    packages = list(_installed(_needed_distributions("guestfault", set())))
     roots = sources + [path for path, _ in packages]
 
     def make() -> tuple[bytes, list[Path]]:
@@ -90,6 +93,25 @@ def python_layer() -> bytes:
         return bytes(archive), needed
 
     return _kept("python", roots, make)
+
+
+def numba_layer() -> bytes:
+    """What the compiled loop needs, numba and LLVM above all, as an archive of 200 MB.
+
+    Raises :class:`~guestfault.errors.Unavailable` if numba is not installed here.
+    """
+    if importlib.util.find_spec("numba") is None:
+        why = "numba is not installed"
+        raise Unavailable("numba inside", why, "pip install 'guestfault[fast]'")
+    found = _installed(["numba", *_needed_distributions("numba", {"numba"})])
+    packages = [(path, inside) for path, inside in found if not _NO_PART.match(path.name)]
+
+    def make() -> tuple[bytes, list[Path]]:
+        archive = Archive()
+        needed = _put_all(archive, packages)
+        return bytes(archive), needed
+
+    return _kept("numba", [path for path, _ in packages], make)
 
 
 def package_layer() -> bytes:
@@ -138,13 +160,13 @@ def _wanted(name: str) -> bool:
     return name.endswith(".py") or (name.endswith(".so") and not _NO_MODULE.match(name))
 
 
-def _dependencies() -> Iterator[tuple[Path, str]]:
-    """Each file of the packages that this one needs, and its path inside."""
-    for name in _needed_distributions("guestfault", set()):
+def _installed(distributions: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """Each file of these packages that is of use inside, and its path there."""
+    for name in distributions:
         for file in importlib.metadata.files(name) or ():
             path = Path(str(file.locate()))
-            outside = ".." in file.parts  # scripts, headers
-            if not outside and path.suffix not in (".a", ".pyc", ".h") and path.is_file():
+            not_inside = ".." in file.parts or "tests" in file.parts  # "..": scripts, headers
+            if not not_inside and path.suffix not in (".a", ".pyc", ".h") and path.is_file():
                 yield path, f"{DEPENDENCIES}/{file}"
 
 
@@ -166,6 +188,8 @@ def _needed_distributions(name: str, seen: set[str]) -> Iterator[str]:
 def _put_all(archive: Archive, files: Iterable[tuple[Path, str]]) -> list[Path]:
     """Put files in, and the libraries that they need; which these are."""
     needed: dict[Path, None] = {}
+    files = list(files)
+    own = {path.resolve() for path, _ in files}  # a wheel finds its libraries beside it, inside too
     for path, inside in files:
         data = path.read_bytes()
         if path.suffix == ".py":
@@ -175,7 +199,7 @@ def _put_all(archive: Archive, files: Iterable[tuple[Path, str]]) -> list[Path]:
                 archive.file(inside, data)
         elif is_elf(data):
             archive.file(inside, without_symbols(data), mode=0o755)
-            needed |= dict.fromkeys(libraries(path))
+            needed |= dict.fromkeys(p for p in libraries(path) if p.resolve() not in own)
         else:
             archive.file(inside, data)
     for library in needed:

@@ -38,10 +38,12 @@ from guestfault.lab.modules import WANTED, modules_for
 from guestfault.lab.process import Machine, started
 from guestfault.lab.qemu import Qemu, find_qemu
 
-__all__ = ["BOOT_TIMEOUT", "MEMORY", "TIMEOUT", "Result", "run"]
+__all__ = ["BOOT_TIMEOUT", "MEMORY", "MEMORY_WITH_NUMBA", "TIMEOUT", "Result", "run"]
 
 MEMORY = 512
 """MiB of a machine, if nothing else is asked for."""
+MEMORY_WITH_NUMBA = 1024
+"""The same with numba in it, which is in memory twice while it is unpacked."""
 TIMEOUT = 300.0
 """Seconds for the command."""
 BOOT_TIMEOUT = 90.0
@@ -85,7 +87,7 @@ def run(
     *,
     npt: bool = True,
     processors: int = 1,
-    memory: int = MEMORY,
+    memory: int | None = None,
     timeout: float = TIMEOUT,
     boot_timeout: float = BOOT_TIMEOUT,
     files: Sequence[str] = (),
@@ -93,6 +95,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     arguments: Sequence[str] = (),
     needs_kvm: bool = True,
+    numba: bool = False,
     verbose: bool = False,
     on_output: Callable[[Kind, bytes], None] | None = None,
     on_console: Callable[[bytes], None] | None = None,
@@ -100,22 +103,25 @@ def run(
 ) -> Result:
     """Run ``command`` under ``kernel``, and wait for it.
 
-    ``npt`` is whether KVM there uses nested page tables, or shadow ones.  ``memory`` is in MiB,
-    ``timeout`` and ``boot_timeout`` in seconds.  ``files`` are paths inside to bring back,
-    ``added`` paths here (files, with the libraries a program needs, or directories) by the path
-    that they get inside.  ``arguments`` are added to the kernel's command line; ``verbose`` lets
-    its console have every message, not warnings alone.
+    ``npt`` is whether KVM there uses nested page tables, or shadow ones.  ``memory`` is in MiB
+    (:data:`MEMORY`), ``timeout`` and ``boot_timeout`` in seconds.  ``files`` are paths inside to
+    bring back, ``added`` paths here (files, with the libraries a program needs, or directories) by
+    the path that they get inside.  ``arguments`` are added to the kernel's command line;
+    ``verbose`` lets its console have every message, not warnings alone.
 
     ``on_output`` is called with ``Kind.STDOUT`` or ``Kind.STDERR`` and bytes as they come, and
     ``on_console`` with the console's.  Inside are ``python3`` with its standard library, this
-    package with its dependencies, the command ``guestfault``, and nothing else: no shell.
+    package with its dependencies, the command ``guestfault``, and nothing else: no shell.  With
+    ``numba`` that is there, too, for the compiled loop; the machine then has more memory
+    (:data:`MEMORY_WITH_NUMBA`) and boots longer.
 
     Raises a :class:`~guestfault.lab.errors.MachineError` for each way in which a machine can fail,
     :class:`~guestfault.lab.errors.NoModulesError`, :class:`~guestfault.lab.errors.StorageError`,
     and :class:`~guestfault.errors.Unavailable` without a QEMU.  The calling thread has to last as
     long as the call: QEMU ends with it.
     """
-    job = Job(command, files, environment or {}, added or {}, needs_kvm)
+    job = Job(command, files, environment or {}, added or {}, needs_kvm, numba)
+    memory = memory or (MEMORY_WITH_NUMBA if numba else MEMORY)
     qemu = qemu or find_qemu()
     modules = modules_for(kernel)
     layers = initramfs(modules, job)

@@ -10,15 +10,15 @@ not.  A file page that is in the page cache but not mapped here is not present. 
 of the moment: hold off what could change it, or be ready for the change.
 
 The page frame number in the low bits is zero for readers without ``CAP_SYS_ADMIN`` in the initial
-user namespace; nothing here uses it, but that a swap entry in its place can be a marker
-(:attr:`PageState.poisoned`).
+user namespace; nothing here uses it, but that a swap entry in its place can be a marker, or name a
+broken page (:attr:`PageState.poisoned`).
 """
 
 from __future__ import annotations
 
 import os
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import PAGESIZE
 from types import TracebackType
 from typing import Self
@@ -34,6 +34,11 @@ _MARKER = uapi.PM_SWAP | 31
 _MARKER_MASK = uapi.PM_PRESENT | uapi.PM_SWAP | 31
 _MARKER_POISONED = 1 << 1 << 5
 
+# Broken memory has a swap type too; which, the kernel's configuration decides.  Pages on the move
+# have others from the same range, so the page itself is looked at, by its number.
+_NAMES_A_PAGE = range(22, 31)
+_KPAGEFLAGS = "/proc/kpageflags"
+
 _PRESENT_IN_LAST_BYTE = uapi.PM_PRESENT >> 56
 
 
@@ -46,9 +51,10 @@ class PageState:
     the last ``/proc/PID/clear_refs`` (always set where the kernel has no soft-dirty tracking,
     meaningless then).  ``uffd_wp``: write-protected by userfaultfd.
 
-    ``poisoned``: an access fails as on broken memory, because of ``UFFDIO_POISON`` or a page that
-    could not be read back from swap; only a reader with ``CAP_SYS_ADMIN`` can see it.  ``guard``: a
-    guard region (``MADV_GUARD_INSTALL``, told since Linux 6.15).  Both count as ``swapped``.
+    ``poisoned``: an access fails, because memory is broken, or as if it were: ``UFFDIO_POISON``, or
+    a page that could not be read back from swap.  Only a reader with ``CAP_SYS_ADMIN`` can see it,
+    and :meth:`Pagemap.state` alone can see broken memory.  ``guard``: a guard region
+    (``MADV_GUARD_INSTALL``, told since Linux 6.15).  Both count as ``swapped``.
     """
 
     present: bool
@@ -110,7 +116,9 @@ class Pagemap:
 
     def state(self, address: int) -> PageState:
         """The entry of the page at ``address``, decoded."""
-        return PageState.of(self.entry(address))
+        entry = self.entry(address)
+        state = PageState.of(entry)
+        return replace(state, poisoned=True) if _is_broken(entry) else state
 
     def close(self) -> None:
         """Close the descriptor.  May be called again."""
@@ -128,3 +136,17 @@ class Pagemap:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _is_broken(entry: int) -> bool:
+    """Whether a swap entry stands for a page that the kernel has given up as broken."""
+    swapped = entry & (uapi.PM_PRESENT | uapi.PM_SWAP) == uapi.PM_SWAP
+    if not swapped or entry & 31 not in _NAMES_A_PAGE:
+        return False
+    number = (entry & uapi.PM_PFRAME_MASK) >> 5
+    try:
+        with open(_KPAGEFLAGS, "rb", buffering=0) as file:
+            flags = os.pread(file.fileno(), 8, number * 8)
+    except OSError:
+        return False  # no right to look, or no such file
+    return bool(int.from_bytes(flags, "little") >> uapi.KPF_HWPOISON & 1)

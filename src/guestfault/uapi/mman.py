@@ -92,3 +92,6 @@ PM_GUARD_REGION: Final = 1 << 58  # 6.15
 PM_FILE: Final = 1 << 61
 PM_SWAP: Final = 1 << 62
 PM_PRESENT: Final = 1 << 63
+
+# The number of a bit in /proc/kpageflags, which has 64 of them per physical page.
+KPF_HWPOISON: Final = 19

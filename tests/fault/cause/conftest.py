@@ -40,8 +40,8 @@ WRITE_RBX = b"\x48\x89\x03\xe6\x10"  # mov [rbx], rax; out 0x10, al
 class Machine:
     """A VM with one vCPU; :meth:`access` runs it until the access is made, or fails."""
 
-    def __init__(self, system: Any) -> None:
-        self.vm = system.create_vm()
+    def __init__(self, system: Any, *kind: int) -> None:
+        self.vm = system.create_vm(*kind)
         self.slots = SlotMap()
         self.home_file = Memfd("home", HOME_SIZE)
         self.home = Mapping.from_memfd(self.home_file)
@@ -145,6 +145,20 @@ def machine(kvm: str) -> Iterator[Machine]:
 def real_machine() -> Iterator[Machine]:
     system = open_system("/dev/kvm")
     machine = Machine(system)
+    yield machine
+    machine.close()
+    system.close()
+
+
+@pytest.fixture
+def protected_machine() -> Iterator[Machine]:
+    """One whose memory can be private."""
+    system = open_system("/dev/kvm")
+    kind = uapi.KVM_X86_SW_PROTECTED_VM
+    if not system.check_extension(uapi.KVM_CAP_VM_TYPES) >> kind & 1:
+        system.close()
+        pytest.skip("needs KVM_X86_SW_PROTECTED_VM: scripts/sw-protected-kernel.sh builds a kernel")
+    machine = Machine(system, kind)
     yield machine
     machine.close()
     system.close()

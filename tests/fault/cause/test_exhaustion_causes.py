@@ -127,7 +127,10 @@ def memory_cgroup() -> Iterator[Path]:
 
     Only version 1 can turn it off.  With it, the group's one process would be killed instead.
     """
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:
+        pytest.skip("needs control groups")
     ours = next((line.split(":")[2] for line in lines if ":memory:" in line), None)
     roots = mount_points("cgroup", "memory")
     if ours is None or not roots:

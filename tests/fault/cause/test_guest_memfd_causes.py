@@ -59,27 +59,6 @@ def test_guest_memfd_gone(real_machine):
     os.close(fd)
 
 
-def test_private_mismatch_is_resolved_by_conversion(real_machine):
-    vm = real_machine.vm
-    if not vm.check_extension(uapi.KVM_CAP_MEMORY_ATTRIBUTES) & 8:
-        pytest.skip("needs a KVM whose memory can be private (KVM_CAP_MEMORY_ATTRIBUTES)")
-    machine = real_machine
-    with Memfd("shared", 4 * PAGE) as file, Mapping.from_memfd(file) as guest:
-        fd = vm.create_guest_memfd(4 * PAGE)
-        flags = uapi.KVM_MEM_GUEST_MEMFD
-        vm.set_user_memory_region2(1, TARGET, 4 * PAGE, guest.address, flags, guest_memfd=fd)
-        machine.slots.add(MemorySlot(TARGET, 4 * PAGE, guest.address, 1, flags))
-        private = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
-        vm.set_memory_attributes(TARGET, PAGE, private)
-        failure = machine.access(READ)
-        assert isinstance(failure, MemoryFault)
-        (cause,) = machine.causes(failure, attributes=private)
-        assert (cause.kind, cause.by) == (Kind.PRIVATE_MISMATCH, Remedy.CONVERT)
-        vm.set_memory_attributes(TARGET, PAGE, 0)
-        assert machine.completes()
-        os.close(fd)
-
-
 def _poisoned_by_userfaultfd(machine) -> str:
     """The kernel tells the thread by SIGBUS, so this runs in a process of its own."""
     signal.signal(signal.SIGBUS, lambda *_: None)

@@ -136,7 +136,8 @@ def _guest_memfd(evidence: Evidence) -> tuple[Cause, ...]:
         Kind.PRIVATE_MISMATCH,
         f"the guest accesses {at} as {asked} memory, and its attributes say {other}",
         Remedy.CONVERT,
-        f"make the page {asked}, as the guest asks",
+        f"make the page {asked}, as the guest asks; if its attributes were changing just then, run "
+        "the vCPU again and leave them: the exit tells what they were before",
     )
     gone = Cause(
         Kind.GUEST_MEMFD_GONE,
