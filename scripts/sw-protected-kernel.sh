@@ -54,7 +54,10 @@ if [ -f "$source" ]; then
 		echo "unpacking $source"
 		rm -rf "$output/source.part"
 		mkdir "$output/source.part"
-		tar -xf "$source" -C "$output/source.part" --strip-components=1
+		tar -xf "$source" -C "$output/source.part" --strip-components=1 || {
+			rm -rf "$output/source.part"
+			fail "$source cannot be unpacked"
+		}
 		mv "$output/source.part" "$output/source"
 	fi
 	source=$output/source
