@@ -289,3 +289,28 @@ def test_endless_choices_meet_the_step_limit() -> None:
     with scheduler(SHORT) as s:
         run = s.run(Plain(a=endless))
     assert run.stuck == "no end in 200 steps; the last: a chooses 'and again'"
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_a_wait_that_acts_is_asked_whatever_others_do(acts: bool) -> None:
+    """Before each decision; one that does not, only when a decision depends on it."""
+    asked: list[int] = []
+    steps = [0]
+
+    def look() -> bool:
+        asked.append(steps[0])
+        return False
+
+    def waiter() -> None:
+        wait("wait", "x", look, acts=acts)
+
+    def other() -> None:
+        for _ in range(5):
+            preemption_point("other", "y", True)
+            steps[0] += 1
+
+    with scheduler() as s:
+        run = s.run(Plain(waiter=waiter, other=other))
+    assert run.stuck == "deadlock: waiter waits at 'wait'"
+    # As it begins to wait; when that leaves the other alone; when he has ended.
+    assert set(asked) == ({0, 1, 2, 3, 4, 5} if acts else {0, 5})

@@ -238,7 +238,7 @@ class Machine:
 Start = Callable[..., Machine]
 
 
-ON_SHADOW_PAGES_TOO = ("test_guest_mmu", "test_exceptions", "test_vcpu")
+ON_SHADOW_PAGES_TOO = ("test_guest_mmu", "test_exceptions", "test_internal_error", "test_vcpu")
 """Modules whose tests with ``soft`` hold without two-dimensional paging as well."""
 
 

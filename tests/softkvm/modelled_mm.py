@@ -143,7 +143,9 @@ class At:
         if action is not None:
             action()
 
-    def wait(self, name: str, shared: Hashable, until: Callable[[], bool]) -> None:
+    def wait(
+        self, name: str, shared: Hashable, until: Callable[[], bool], acts: bool = False
+    ) -> None:
         self.point(name, shared, True)
         assert until(), name
 

@@ -4,7 +4,8 @@ import struct
 
 import pytest
 
-from guestfault.fault.outcome import InternalError, Io, MemoryFault, Shutdown
+from guestfault.fault.outcome import InternalError, Io, MemoryFault, RamMmio, Shutdown
+from guestfault.uapi import kvm as uapi
 from guestfault.x86.entries import (
     PT64_NX_MASK,
     PT_ACCESSED_MASK,
@@ -228,11 +229,84 @@ def test_an_address_of_the_device_reached_by_the_walk_is_not_read_as_zeros(soft)
     directory_entry = 0x1_2000 + 8 * 3
     machine.write(directory_entry, struct.pack("<Q", 0x3000_0007))
     regs = machine.regs
-    regs.rdi = 3 << 21
+    regs.rdi = (3 << 21) + 8
     machine.vcpu.set_regs(regs)
     # KVM's emulator walks by copies from memory, and finds none there: a page fault of the guest's.
     assert isinstance(machine.run(), Shutdown)
-    assert machine.vcpu.get_sregs().cr2 == 3 << 21
+    assert machine.vcpu.get_sregs().cr2 == (3 << 21) + 8
+
+
+# -- tables that cannot be written -----------------------------------------------------------------
+
+LAST_TABLE = 0x1_3000
+CODE_ENTRY = 0x40  # where in it the entry of the code is, which each fetch walks by
+
+
+@pytest.fixture
+def in_rom(soft):
+    """Start a machine, and have its last page table in a read-only slot."""
+
+    def start(code, mode="long-cpl3", **regs):
+        machine = soft(code, mode, **regs)
+        address, rest = machine.ram.guest.address, LAST_TABLE + 0x1000
+        machine.vm.set_user_memory_region(0, 0, 0, 0)
+        machine.vm.set_user_memory_region(0, 0, LAST_TABLE, address)
+        rom = address + LAST_TABLE
+        machine.vm.set_user_memory_region(1, LAST_TABLE, 0x1000, rom, uapi.KVM_MEM_READONLY)
+        machine.vm.set_user_memory_region(2, rest, machine.RAM_SIZE - rest, address + rest)
+        return machine
+
+    return start
+
+
+def test_a_guest_whose_tables_are_in_rom_is_emulated(in_rom, tdp_enabled):
+    """To NPT a walk writes: the processor does not even come to its code."""
+    machine = in_rom("488b07 48894708 e680 e480" + END, rdi=DATA + 8)
+    machine.write(DATA + 8, b"contents")
+    assert machine.trace(0x5A) == [("out", 0x80, b"c"), ("in", 0x80, b"\x5a")]
+    assert machine.word(DATA + 16) == int.from_bytes(b"contents", "little")
+    assert machine.regs.rax == int.from_bytes(b"\x5aontents", "little")
+    if tdp_enabled:
+        assert LAST_TABLE >> 12 not in machine.vm.kvm.second_stage.sptes
+        assert machine.vcpu.arch.stat.pf_emulate == 5  # each instruction
+
+
+@pytest.mark.parametrize("code", [READ, WRITE])
+def test_an_operand_at_the_offset_of_the_entry(in_rom, tdp_enabled, code):
+    """It passes for the entry, as in Linux 7.3: the case read-only-slot/walk-read-alias."""
+    machine = in_rom(code + END, rdi=DATA + CODE_ENTRY, rax=0x1234)
+    machine.write(DATA + CODE_ENTRY, b"contents")
+    entry = machine.word(LAST_TABLE + CODE_ENTRY)
+    end = machine.run()
+    if not tdp_enabled:
+        assert isinstance(end, Io)
+    elif code == READ:
+        assert isinstance(end, Io)
+        assert machine.regs.rax == entry
+    else:
+        gpa = LAST_TABLE + CODE_ENTRY
+        assert end == RamMmio(gpa, (0x1234).to_bytes(8, "little"), 8, True)
+        assert machine.word(DATA + CODE_ENTRY) == int.from_bytes(b"contents", "little")
+
+
+@pytest.mark.parametrize("tdp_enabled", [True], ids=["npt"])
+@pytest.mark.parametrize("code", ["ff7708", "a4"])  # push [rdi + 8]; movsb
+def test_two_operands_do_not_pass_for_it(in_rom, code):
+    machine = in_rom(code + END, rdi=DATA + CODE_ENTRY - 8, rsi=DATA + CODE_ENTRY)
+    machine.write(DATA + CODE_ENTRY, b"contents")
+    assert machine.trace() == []
+    seen = machine.word(machine.STACK - 8) if code == "ff7708" else machine.word(DATA + 0x38, 1)
+    assert seen.to_bytes(8, "little").rstrip(b"\0") == b"contents"[: 1 if code == "a4" else 8]
+
+
+@pytest.mark.parametrize("tdp_enabled", [True], ids=["npt"])
+def test_what_is_said_of_an_instruction_that_is_not_emulated(in_rom):
+    machine = in_rom("0f05" + END, "long-cpl0")  # syscall
+    end = machine.run()
+    assert isinstance(end, InternalError)
+    assert end.instruction.startswith(b"\x0f\x05\xe6\xf4")
+    walks, gpa = 1 << 33 | 4 | 2, LAST_TABLE + CODE_ENTRY
+    assert end.data[3:] == (0x400, walks, gpa, 0, 0)
 
 
 @pytest.mark.parametrize("last", ["488b07", "ffe6"])

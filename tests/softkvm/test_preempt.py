@@ -18,7 +18,7 @@ class Recorder:
     def point(self, name, shared, write):
         self.names.append((name, shared, write))
 
-    def wait(self, name, shared, until):
+    def wait(self, name, shared, until, acts=False):
         self.names.append((name, shared, until()))
         self.before_wait()
         assert until()

@@ -73,3 +73,39 @@ def test_a_moved_slot_is_found_where_it_is(make):
     one.slot(gpa=0x10_0000)
     assert one.fault(0) == RetPf.EMULATE
     assert one.fault(0x100 + NPAGES - 1) == RetPf.FIXED
+
+
+@pytest.mark.timeout(30)
+def test_an_invalidation_ends_on_the_slots_that_it_began_with(make, background):
+    """No list is published between the start of an invalidation and the end of the last one."""
+    one = mapped(make)
+    for _ in range(2):
+        one.vm.invalidate_range_start(HVA, HVA + 0x1000)
+    before = one.kvm.memslots
+    change = background(lambda: one.slot(npages=0))
+    for _ in range(2):
+        change.thread.join(0.05)
+        assert change.thread.is_alive()
+        assert one.kvm.memslots is before
+        one.vm.invalidate_range_end(HVA, HVA + 0x1000)
+    change.result()
+    assert one.kvm.memslots.slots == ()
+
+
+@pytest.mark.timeout(30)
+def test_invalidations_and_changes_of_slots_do_not_wait_for_each_other_for_ever(make, background):
+    """Neither holds what the other waits for."""
+    one = mapped(make)
+
+    def invalidate():
+        for _ in range(300):
+            one.invalidate()
+
+    runs = [background(invalidate) for _ in range(2)]
+    for _ in range(100):
+        one.slot(npages=0)
+        one.slot()
+    for run in runs:
+        run.result()
+    assert one.kvm.mn_active_invalidate_count == 0
+    assert one.stage.mmu_invalidate_in_progress == 0

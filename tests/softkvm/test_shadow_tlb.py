@@ -8,7 +8,6 @@ from guestfault.softkvm.guest_mmu import (
     probe_guest_virt,
     read_guest_virt,
     tlb_fill,
-    translate,
     write_guest_virt,
 )
 from guestfault.softkvm.kvm_host import vcpu_load, vcpu_put
@@ -16,7 +15,6 @@ from guestfault.softkvm.page_track import kvm_slot_page_track_is_active
 from guestfault.softkvm.processor import Access
 from guestfault.softkvm.refusal import AccessFailed, Emulate, GuestException, Retry
 from guestfault.x86.access_kind import AccessKind
-from guestfault.x86.paging import PageFault, Translation
 from guestfault.x86.registers import GP_VECTOR, PF_VECTOR
 
 DATA, LAST_TABLE, STACK = 0x4_0000, 0x1_3000, 0xF000
@@ -143,10 +141,7 @@ def test_a_device_is_no_stack(begun):
 
 def test_translate_is_kvm_s_own_walk_and_makes_no_entry(begun):
     machine = begun(accessed=False)
-    vcpu = machine.vcpu.arch
-    found = translate(vcpu, DATA + 5, AccessKind.READ)
-    assert isinstance(found, Translation)
-    assert found.gpa == DATA + 5
+    assert machine.vcpu.translate(DATA + 5).physical_address == DATA + 5
     assert not machine.vm.kvm.second_stage.shadow.active
     assert not machine.word(machine.TABLES) & 0x20
-    assert isinstance(translate(vcpu, 5 << 30, AccessKind.READ), PageFault)
+    assert not machine.vcpu.translate(5 << 30).valid

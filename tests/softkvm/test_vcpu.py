@@ -7,6 +7,7 @@ import struct
 import threading
 
 import pytest
+from tests.softkvm.modelled_mm import at
 
 from guestfault.errors import KvmError
 from guestfault.fault.outcome import Interrupted, Io
@@ -218,6 +219,13 @@ def test_translate_does_not_change_the_tables(soft):
     assert machine.word(machine.entry_at(DATA)) == before
 
 
+def test_translate_finds_tables_that_cannot_be_written(soft):
+    """NPT could not: to it a walk writes."""
+    machine = soft(END, flags=uapi.KVM_MEM_READONLY)
+    assert machine.vcpu.translate(DATA).physical_address == DATA
+    assert not machine.vm.kvm.second_stage.sptes
+
+
 # -- kicks -----------------------------------------------------------------------------------------
 
 
@@ -230,6 +238,40 @@ def test_immediate_exit_leaves_the_exit_reason(start):
     assert machine.vcpu.kvm_run.immediate_exit == 1  # userspace's to clear
     assert machine.regs.rip == machine.CODE + 2  # the last exit was completed
     machine.vcpu.kvm_run.immediate_exit = 0
+    assert machine.trace() == []
+
+
+COPY = "kvm_vcpu_write_guest_page: copy_to_user"
+
+
+def test_immediate_exit_is_read_as_the_run_begins(soft):
+    """What userspace says of it while the last exit is completed is for the next run."""
+    machine = soft("6d" + END, rdi=DATA, rdx=0x80)  # ins
+    run = machine.vcpu.kvm_run
+    assert isinstance(machine.run(), Io)
+    with at(COPY, lambda: setattr(run, "immediate_exit", 1)):
+        assert isinstance(machine.run(), Io)
+    assert machine.vcpu.run() == -errno.EINTR
+    assert run.exit_reason == uapi.KVM_EXIT_IO
+
+    run.immediate_exit = 0
+    machine.vcpu.set_regs(uapi.kvm_regs(rip=machine.CODE, rdi=DATA, rdx=0x80, rflags=0x3002))
+    assert isinstance(machine.run(), Io)
+    run.immediate_exit = 1
+    with at(COPY, lambda: setattr(run, "immediate_exit", 0)):
+        assert machine.vcpu.run() == -errno.EINTR
+    assert machine.regs.rip == machine.CODE + 1
+
+
+def test_a_kick_while_an_exit_is_completed_is_a_signal(soft):
+    """It is answered by this run, and exit_reason says so: the conform case missing/ins."""
+    machine = soft("6d" + END, rdi=DATA, rdx=0x80)
+    assert isinstance(machine.run(), Io)
+    with at(COPY, machine.vcpu.kick):
+        assert machine.vcpu.run() == -errno.EINTR
+    run = machine.vcpu.kvm_run
+    assert (run.exit_reason, run.immediate_exit) == (uapi.KVM_EXIT_INTR, 0)
+    assert machine.regs.rip == machine.CODE + 1
     assert machine.trace() == []
 
 

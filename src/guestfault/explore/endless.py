@@ -21,10 +21,19 @@ from collections.abc import Hashable, Sequence
 from guestfault.explore.scenario import Recurring, World
 from guestfault.explore.schedule import Actor, Limits
 
-__all__ = ["Watch", "deadlock"]
+__all__ = ["Watch", "deadlock", "watch_from"]
 
 _TAIL = 12
 _ROUNDS, _REPEATED = 3, 24  # how often, and for how many steps, before it counts as for ever
+
+
+def watch_from(limits: Limits, world: World) -> int:
+    """The step from which on there is something to watch for."""
+    if hasattr(world, "fingerprint"):  # isinstance(world, Recurring), in a tenth of the time
+        return limits.watch_after
+    # Nobody's patience ends before, and what is remembered is the tail of what must end.
+    first = min(limits.watch_after + limits.patience, limits.steps - _TAIL)
+    return max(limits.watch_after, first)
 
 
 class Watch:
@@ -45,11 +54,17 @@ class Watch:
         self._names[role] = actor.name
 
     def left_out(
-        self, step: int, last: Actor | None, others: Sequence[Actor], live: Sequence[Actor]
+        self,
+        step: int,
+        turn: int,
+        last: Actor | None,
+        others: Sequence[Actor],
+        live: Sequence[Actor],
     ) -> list[Actor] | str:
         """Who of ``others`` must be let go on instead of ``last``, or why this has no end.
 
-        Nobody, as a rule.  ``live`` are all who have not ended.
+        Nobody, as a rule.  ``turn`` is the step at which ``last`` has begun to go on; ``live`` are
+        all who have not ended.
         """
         if self._world is not None:
             state = (
@@ -62,7 +77,7 @@ class Watch:
             if before < step and self._repeats(step - before):
                 left_out = [actor for actor in others if actor.ran < before]
                 return left_out or f"for ever the same: {self._where(step - before)}"
-        elif others and self._on_end() >= self._limits.patience:
+        elif others and step - max(turn, self._limits.watch_after) >= self._limits.patience:
             return list(others)
         if step >= self._limits.steps:
             return f"no end in {step} steps; the last: {self._where(_TAIL)}"
@@ -82,15 +97,6 @@ class Watch:
     def _role(self, actor: Actor) -> int:
         """One worker is like another: new ones may come for ever."""
         return min(actor.index, self._threads)
-
-    def _on_end(self) -> int:
-        """How many steps the last one has taken on end."""
-        count = 0
-        for role, _ in reversed(self._steps):
-            if role != self._steps[-1][0] or count >= self._limits.patience:
-                break
-            count += 1
-        return count
 
     def _where(self, count: int) -> str:
         """Who took the last ``count`` steps, and where."""

@@ -23,8 +23,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from guestfault.explore.part import Part, PartResult
 from guestfault.explore.schedule import WorldDefect
-from guestfault.explore.search import Part, PartResult, Search, explore_part
+from guestfault.explore.search import Search
 
 __all__ = ["do_searches"]
 
@@ -46,7 +47,7 @@ def do_searches(
         return
     for search in searches:
         while parts := search.round():
-            search.merge([explore_part(search, part) for part in parts])
+            search.merge([search.do(part) for part in parts])
             if progress is not None:
                 progress(search)
 
@@ -169,7 +170,7 @@ def _be_worker(parent: int, writer: int, search: Search, part: Part, mask: set[i
         if os.getppid() == parent:  # else it has gone in the meantime
             answer: PartResult | WorldDefect
             try:
-                answer = explore_part(search, part)
+                answer = search.do(part)
             except WorldDefect as defect:
                 answer = defect
             with os.fdopen(writer, "wb") as pipe:

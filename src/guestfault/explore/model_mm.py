@@ -28,6 +28,7 @@ from guestfault.linux.mmu_notifier import MmuNotifier
 from guestfault.linux.userfaultfd_flags import Mode
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.softkvm.kvm_host import kvm_get_running_vcpu
+from guestfault.softkvm.memslots import KvmMemorySlot
 from guestfault.softkvm.mm import Task
 from guestfault.softkvm.preempt import preemption_point
 from guestfault.uapi.mman import PROT_NONE, PROT_READ, PROT_WRITE
@@ -45,9 +46,18 @@ class Failure(NamedTuple):
     """An access on a vCPU's behalf that was not served: to ``hva``, by ``how``."""
 
     hva: int
-    gpas: tuple[int, ...]  # where the slots of that moment had it
+    slots: tuple[KvmMemorySlot, ...]  # of that moment
     write: bool
     how: str
+
+    @property
+    def gpas(self) -> list[int]:
+        """Where the slots had it."""
+        return [
+            (slot.base_gfn << 12) + self.hva - slot.userspace_addr
+            for slot in self.slots
+            if 0 <= self.hva - slot.userspace_addr < slot.npages * PAGE_SIZE
+        ]
 
 
 class FaultHandler(Protocol):
@@ -102,7 +112,11 @@ class Page:
 
     def is_mapped_for(self, write: bool) -> bool:
         """Whether the page table entry allows the access."""
-        return self.mapped and (self.writable or not write) and self.permits(write)
+        if not self.mapped or self.prot <= 0:
+            return False
+        return (
+            self.writable and self.prot & PROT_WRITE != 0 if write else self.prot & PROT_READ != 0
+        )
 
     def set(self, data: bytes) -> None:
         """Put it into the page cache, with ``data`` at its start; for building a world."""
@@ -309,12 +323,7 @@ class ModelMm:
     def _failed(self, hva: int, write: bool, how: str) -> None:
         vcpu = kvm_get_running_vcpu()
         if vcpu is not None:
-            gpas = tuple(
-                (slot.base_gfn << 12) + hva - slot.userspace_addr
-                for slot in vcpu.kvm.memslots.slots
-                if 0 <= hva - slot.userspace_addr < slot.npages * PAGE_SIZE
-            )
-            self.last_failure[vcpu.vcpu_id] = Failure(hva, gpas, write, how)
+            self.last_failure[vcpu.vcpu_id] = Failure(hva, vcpu.kvm.memslots.slots, write, how)
 
     def _served(self, hva: int) -> None:
         vcpu = kvm_get_running_vcpu()

@@ -19,7 +19,7 @@ What the search takes for granted of a world:
 - When a schedule is given up half way, its actors are unwound as by an exception: their
   ``finally`` blocks run and points in them do nothing.
 
-Keep worlds small and quick to build: one is built for every schedule, some thousands a second.
+Keep worlds small and quick to build: there is one for every schedule, some thousands a second.
 
 The scenarios themselves are in :mod:`guestfault.explore.scenarios`, which offers them by name as
 ``SCENARIOS: Mapping[str, Scenario]``; a name is lower-case letters, digits, ``-``.
@@ -58,7 +58,11 @@ class Verdict(NamedTuple):
 
 
 class World(Protocol):
-    """One instance of a scenario, about to run once."""
+    """One instance of a scenario, about to run once.
+
+    One whose class says ``rewindable = True`` runs again when all that it refers to is as it was
+    when it was built (:mod:`guestfault.explore.rewind`); it is closed when the search is through.
+    """
 
     @property
     def actors(self) -> Mapping[str, Callable[[], None]]:

@@ -90,11 +90,13 @@ class Run(NamedTuple):
 class Actor:
     """A thread of the world, and the step that it is about to take.
 
-    ``until`` is what it waits for, ``ran`` the number of its last step (not kept up in the first
-    part of a schedule), ``passed`` how often it was passed over since.
+    ``until`` is what it waits for, and ``acts`` whether that does something besides; ``ran`` the
+    number of its last step (not kept up in the first part of a schedule), ``passed`` how often it
+    was passed over since.
     """
 
     __slots__ = (
+        "acts",
         "carrier",
         "context",
         "function",
@@ -119,6 +121,7 @@ class Actor:
         self.shared: Hashable = None  # such a step touches nothing
         self.write = False
         self.until: Callable[[], bool] | None = None
+        self.acts = False
         self.context = Context()
         self.carrier: greenlet | None = None
         self.ran = -1

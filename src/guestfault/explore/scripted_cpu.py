@@ -268,9 +268,12 @@ class ScriptedCpu:
     def _access(self, operand: Operand, values: list[bytes]) -> bytes | None:
         gpa, size, write, data = operand
         kind = _WRITE if write else _READ
-        parts = b""
         if write and data is None:
             data = values[-1]
+        if (gpa & _OFFSET) + size <= _PAGE_SIZE:
+            page = self._translate(gpa, kind, size)
+            return None if page is None else self._touch(page | gpa & _OFFSET, size, data)
+        parts = b""
         while size > 0:
             n = min(size, _PAGE_SIZE - (gpa & _OFFSET))
             page = self._translate(gpa, kind, n)

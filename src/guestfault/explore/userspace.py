@@ -134,8 +134,9 @@ class Userspace:
         """The access that failed last: its gpa, whether it is a write, and whose it is."""
         failure: Failure | None = self.machine.mm.last_failure.get(self.number)
         asked: Asked | None = self.cpu.asked
-        if failure is not None and failure.gpas:
-            gpa = failure.gpas[0]
+        gpas = [] if failure is None else failure.gpas
+        if failure is not None and gpas:
+            gpa = gpas[0]
             if asked is not None and asked.gpa & _PAGE == gpa & _PAGE:
                 return asked.gpa, asked.write, failure.how
             return gpa, failure.write, failure.how

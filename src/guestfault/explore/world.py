@@ -85,6 +85,8 @@ class Machine:
     ``actors`` are the threads; ``check`` is asked at the end, if all have ended, and adds findings.
     """
 
+    rewindable = True
+
     def __init__(self, dialect: Dialect, pages: int, *, tdp_enabled: bool = True) -> None:
         self.dialect = dialect
         self.mm = ModelMm(HVA, pages)

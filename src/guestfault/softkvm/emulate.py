@@ -18,11 +18,12 @@ from guestfault.softkvm.async_pf import (
     kvm_clear_async_pf_completion_queue,
 )
 from guestfault.softkvm.block import kvm_emulate_halt
+from guestfault.softkvm.em_io import STRING_IO
 from guestfault.softkvm.emulator import x86_emulate_instruction
 from guestfault.softkvm.internal_error import decode, internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.msr import read_msr, write_msr
-from guestfault.softkvm.pio import STRING_IO, kvm_fast_pio, string_io
+from guestfault.softkvm.pio import kvm_fast_pio, string_io
 from guestfault.softkvm.realmode import em_int
 from guestfault.softkvm.refusal import AccessFailed, GuestException
 from guestfault.softkvm.shadow_context import kvm_mmu_invlpg, load_pdptrs

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import iced_x86
 
 from guestfault.softkvm.instruction_shape import PLAIN, Shape
-from guestfault.softkvm.refusal import GuestException
-from guestfault.x86.access_kind import AccessKind
+from guestfault.softkvm.refusal import Emulate, GuestException
+from guestfault.x86.memory_access import MemoryAccess
 
 __all__ = ["EmulateCtxt", "MmioFragment", "X86Emul"]
 
@@ -52,12 +52,13 @@ class EmulateCtxt:
     linear_rip: int = 0
     eip: int = 0
     tf: bool = False
+    accesses: tuple[MemoryAccess, ...] | None = None  # of this round, once somebody has asked
     execute: Callable[[], X86Emul] | None = None  # what the processor cannot do
-    # The fault that led here: its translation is known already.
+    # The fault that led here.  With nested paging its guest physical address is known; it is exact
+    # for an access to a page table, and else that of the page behind ``fault_page``.
+    fault: Emulate | None = None
     gpa_available: bool = False
-    fault_kind: AccessKind = AccessKind.READ
-    fault_page: int = 0
-    fault_gpa: int = 0
+    fault_page: int | None = None
     # How it is getting on.  ``mem_read`` is the read cache: an instruction that is carried out
     # again, because userspace has answered, does not read again what it has read before.
     mem_read: list[bytes] = field(default_factory=list)

@@ -8,8 +8,6 @@ stops the instruction, a write lets it go on.
 
 from __future__ import annotations
 
-import functools
-
 from iced_x86 import Register
 
 from guestfault.softkvm.emulate_ctxt import EmulateCtxt, MmioFragment, X86Emul
@@ -27,7 +25,7 @@ from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.memslots import PAGE_SIZE
 from guestfault.softkvm.page_track import kvm_page_track_write
 from guestfault.softkvm.preempt import preemption_point
-from guestfault.softkvm.refusal import GuestException
+from guestfault.softkvm.refusal import Emulate, GuestException
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.accesses import AccessKind, MemoryAccess, Role, accesses
 from guestfault.x86.registers import GP_VECTOR, SS_VECTOR
@@ -175,12 +173,16 @@ class Operands:
         if by_stack:
             self._ctxt.exception = GuestException(SS_VECTOR, 0)
 
-    @functools.cached_property
+    @property
     def _accesses(self) -> tuple[MemoryAccess, ...]:
-        ctxt, vcpu = self._ctxt, self._vcpu
-        regs = uapi.kvm_regs(**vcpu.cpu.named_gprs() | {"rip": ctxt.eip})
-        state = CpuState.from_kvm(regs, vcpu.sync_sregs())
-        return accesses(ctxt.fetched, state, code_size=ctxt.code_size)
+        """All that this round of the instruction accesses: worked out once, as when decoded."""
+        ctxt = self._ctxt
+        if ctxt.accesses is None:
+            vcpu = self._vcpu
+            regs = uapi.kvm_regs(**vcpu.cpu.named_gprs() | {"rip": ctxt.eip})
+            state = CpuState.from_kvm(regs, vcpu.sync_sregs())
+            ctxt.accesses = accesses(ctxt.fetched, state, code_size=ctxt.code_size)
+        return ctxt.accesses
 
 
 def emulator_read_write(vcpu: KvmVcpu, addr: int, val: bytearray, *, write: bool) -> X86Emul:
@@ -207,8 +209,9 @@ def _read_write_onepage(
 ) -> X86Emul:
     ctxt = vcpu.emulate_ctxt
     kind = _WRITE if write else _READ
-    if ctxt.gpa_available and kind is ctxt.fault_kind and addr & _PAGE == ctxt.fault_page:
-        gpa = ctxt.fault_gpa | addr & _OFFSET
+    fault = ctxt.fault
+    if ctxt.gpa_available and fault is not None and _is_at_fault(ctxt, fault, addr, kind):
+        gpa = fault.gpa & _PAGE | addr & _OFFSET
     else:
         found = kvm_mmu_gva_to_gpa(vcpu, addr, kind)
         if isinstance(found, GuestException):
@@ -227,6 +230,18 @@ def _read_write_onepage(
     ctxt.mmio_fragments[ctxt.mmio_nr_fragments :] = [MmioFragment(gpa, at, size)]
     ctxt.mmio_nr_fragments += 1
     return _CONTINUE
+
+
+def _is_at_fault(ctxt: EmulateCtxt, fault: Emulate, addr: int, kind: AccessKind) -> bool:
+    """Whether the access passes for the one that faulted, whose physical address is known.
+
+    Linux goes by the offset in the page alone (``emulator_read_write_onepage``).  So where it was
+    the walk that faulted, an operand with the offset of the table's entry is taken to lie in the
+    table.  Of an access that was translated our processor gives the page, and no offset.
+    """
+    if ctxt.fault_page is None:
+        return not (addr ^ fault.gpa) & _OFFSET
+    return kind is fault.kind and addr & _PAGE == ctxt.fault_page
 
 
 def _vcpu_is_mmio_gpa(vcpu: KvmVcpu, gpa: int) -> bool:

@@ -30,18 +30,20 @@ from collections.abc import Callable
 
 from iced_x86 import Mnemonic
 
+from guestfault.softkvm.em_io import PORT_IO, em_port_io
 from guestfault.softkvm.em_stack import em_pusha
 from guestfault.softkvm.emulate_ctxt import EmulateCtxt, X86Emul
 from guestfault.softkvm.emulated_access import MAX_MMIO, Operands, prepare_mmio_exit
 from guestfault.softkvm.exception_queue import from_intercept, kvm_queue_exception
+from guestfault.softkvm.fault_address import exact_fault
 from guestfault.softkvm.guest_access import kvm_fetch_guest_virt
 from guestfault.softkvm.instruction_shape import PLAIN, shape_of
+from guestfault.softkvm.internal_error import exit_info, prepare_emulation_failure_exit
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.memslots import PAGE_SIZE
 from guestfault.softkvm.processor import STEPPED, TRAP, StopKind
 from guestfault.softkvm.refusal import Emulate, GuestException
 from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
-from guestfault.uapi import kvm as uapi
 from guestfault.x86.instruction import MAX_LENGTH, decode
 from guestfault.x86.registers import DB_VECTOR, UD_VECTOR, X86_EFLAGS_TF
 
@@ -50,7 +52,7 @@ __all__ = ["init_emulate_ctxt", "x86_emulate_instruction"]
 _CONTINUE = X86Emul.CONTINUE
 _PROPAGATE_FAULT, _UNHANDLEABLE = X86Emul.PROPAGATE_FAULT, X86Emul.UNHANDLEABLE
 _OFFSET = PAGE_SIZE - 1
-_PAGE = -PAGE_SIZE
+_NOT_EXECUTED = frozenset((Mnemonic.SYSCALL, Mnemonic.SYSENTER, Mnemonic.SWAPGS))
 
 
 # -- an instruction --------------------------------------------------------------------------------
@@ -103,6 +105,7 @@ def x86_emulate_instruction(
             _write_back(vcpu, ctxt)
             if _restarts(vcpu, ctxt):
                 ctxt.mem_read.clear()
+                ctxt.accesses = None
                 continue
         # An access without MMIO has failed (X86EMUL_IO_NEEDED and nothing needed): the kernel has
         # no exit for that.  The guest tries again.
@@ -117,19 +120,15 @@ def init_emulate_ctxt(vcpu: KvmVcpu, fault: Emulate | None) -> None:
     ctxt.eip, ctxt.code_size = cpu.rip, cpu.code_size()
     ctxt.linear_rip = ctxt.eip if ctxt.code_size == 64 else cpu.linear_rip
     ctxt.tf = vcpu.rflags & X86_EFLAGS_TF != 0
-    ctxt.fetched, ctxt.insn, ctxt.shape = b"", None, PLAIN
+    ctxt.fetched, ctxt.insn, ctxt.shape, ctxt.accesses = b"", None, PLAIN, None
     ctxt.mem_read.clear()
     ctxt.io_read, ctxt.io_read_pos = b"", 0
     ctxt.mmio_read_completed = False
     ctxt.exception = None
     ctxt.writeback.clear()
-    # The processor has translated the access that led here, if it got as far as that.  Under shadow
-    # paging nobody has but KVM, which walks again.
-    translated = vcpu.refused_page
-    ctxt.gpa_available = fault is not None and translated is not None and vcpu.kvm.tdp_enabled
-    if fault is not None and translated is not None:
-        ctxt.fault_kind = fault.kind
-        ctxt.fault_page, ctxt.fault_gpa = translated
+    ctxt.fault, ctxt.fault_page = fault, vcpu.refused_page
+    # Under shadow paging nobody has translated the access but KVM, which walks again.
+    ctxt.gpa_available = fault is not None and vcpu.kvm.tdp_enabled
 
 
 def _x86_decode_insn(vcpu: KvmVcpu) -> X86Emul:
@@ -156,13 +155,18 @@ def _x86_decode_insn(vcpu: KvmVcpu) -> X86Emul:
     if insn.mnemonic in (Mnemonic.PUSHA, Mnemonic.PUSHAD):
         size = 2 if insn.mnemonic == Mnemonic.PUSHA else 4
         ctxt.execute = functools.partial(em_pusha, vcpu, size)
+    elif insn.mnemonic in PORT_IO:
+        ctxt.execute = em_port_io(vcpu, insn)
     elif insn.mnemonic == Mnemonic.ENTER and insn.immediate8_2nd:
         ctxt.why = "ENTER with a nesting level"
         return _UNHANDLEABLE
+    elif insn.mnemonic in _NOT_EXECUTED:
+        ctxt.why = "SYSCALL, SYSENTER and SWAPGS are not emulated"
+        return _UNHANDLEABLE
     ctxt.insn = insn
     ctxt.shape = shape = shape_of(ctxt.fetched[: insn.len], ctxt.code_size)
-    if shape.count_mask:
-        ctxt.gpa_available = False  # emulator_can_use_gpa(): of the first round alone
+    if shape.count_mask or shape.two_operands:
+        ctxt.gpa_available = False  # emulator_can_use_gpa(): of one access, in the first round
     return _CONTINUE
 
 
@@ -214,19 +218,12 @@ def _write_back(vcpu: KvmVcpu, ctxt: EmulateCtxt) -> None:
 
 def _handle_emulation_failure(vcpu: KvmVcpu) -> int:
     """The guest gets #UD; if it is its kernel's instruction, userspace is told as well."""
-    ctxt, run = vcpu.emulate_ctxt, vcpu.run
+    ctxt = vcpu.emulate_ctxt
     kvm_queue_exception(vcpu, GuestException(UD_VECTOR))
     vcpu.last_error = ctxt.why
     if vcpu.cpl:
         return 1
-    code = ctxt.fetched
-    run.exit_reason = uapi.KVM_EXIT_INTERNAL_ERROR
-    failure = run.emulation_failure
-    failure.suberror = uapi.KVM_INTERNAL_ERROR_EMULATION
-    failure.ndata = 4
-    failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES if code else 0
-    failure.insn_size = len(code)
-    failure.insn_bytes[: len(code)] = code
+    prepare_emulation_failure_exit(vcpu, ctxt.fetched, exit_info(vcpu, exact_fault(vcpu)))
     return 0
 
 

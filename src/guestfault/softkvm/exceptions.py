@@ -60,7 +60,8 @@ def deliver(vcpu: KvmVcpu) -> Refusal | None:
     except AccessFailed as failed:
         if isinstance(failed.refusal, Emulate):
             text = f"exception {exception.vector}: its frame or table is not in memory"
-            return Exit(internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_DELIVERY_EV, text))
+            error = uapi.KVM_INTERNAL_ERROR_DELIVERY_EV
+            return Exit(internal_error(vcpu, error, text, failed.refusal))
         return failed.refusal
     vcpu.pending_exception = None
     return None
@@ -77,7 +78,7 @@ def _deliver_real(vcpu: KvmVcpu, sregs: uapi.kvm_sregs, exception: GuestExceptio
     sp = (regs["rsp"] - 6) & 0xFFFF
     return_ip = (regs["rip"] + exception.instruction_length) & 0xFFFF
     frame = struct.pack("<HHH", return_ip, sregs.cs.selector, regs["rflags"] & 0xFFFF)
-    write_guest_virt(vcpu, sregs.ss.base + sp, frame)
+    write_guest_virt(vcpu, sregs.ss.base + sp, frame, word=2)
     vcpu.cpu.write_gprs({"rsp": regs["rsp"] & ~0xFFFF | sp, "rip": ip})
     vcpu.cpu.set(
         "rflags", regs["rflags"] & ~(X86_EFLAGS_IF | X86_EFLAGS_TF | X86_EFLAGS_RF | X86_EFLAGS_AC)
@@ -132,7 +133,7 @@ def _deliver_long(vcpu: KvmVcpu, sregs: uapi.kvm_sregs, exception: GuestExceptio
     )
     rsp = ((rsp & ~15) - len(frame)) & (2**64 - 1)
     # The frame is written with the new privilege; nothing of the vCPU has changed if it cannot be.
-    write_guest_virt(vcpu, rsp, frame, implicit=True)
+    write_guest_virt(vcpu, rsp, frame, implicit=True, word=8)
 
     vcpu.cpu.write_gprs({"rsp": rsp, "rip": target})
     clear = X86_EFLAGS_TF | X86_EFLAGS_NT | X86_EFLAGS_RF | X86_EFLAGS_VM

@@ -23,7 +23,7 @@ __all__ = [
     "kvm_write_guest_offset_cached",
 ]
 
-_MEMSLOTS = "memslots"
+_MEMSLOTS, _PAGE = "memslots", -PAGE_SIZE
 
 
 @dataclass(slots=True)
@@ -74,8 +74,9 @@ def kvm_write_guest_offset_cached(
         return -errno.EFAULT
     slot = cache.slot
     assert slot is not None
-    preemption_point("kvm_write_guest_offset_cached: copy_to_user", ("guest", cache.gpa), True)
-    if not mm.copy_to_user(cache.hva + offset, data):
+    hva = cache.hva + offset
+    preemption_point("kvm_write_guest_offset_cached: copy_to_user", ("page", hva & _PAGE), True)
+    if not mm.copy_to_user(hva, data):
         return -errno.EFAULT
     if slot.dirty_bitmap:
         preemption_point("mark_page_dirty_in_slot", "mmu", True)
@@ -92,5 +93,6 @@ def kvm_read_guest_offset_cached(
     preemption_point("kvm_read_guest_offset_cached: find the slot", _MEMSLOTS)
     if not _refresh(cache, memslots):
         return None
-    preemption_point("kvm_read_guest_offset_cached: copy_from_user", ("guest", cache.gpa))
-    return mm.copy_from_user(cache.hva + offset, size)
+    hva = cache.hva + offset
+    preemption_point("kvm_read_guest_offset_cached: copy_from_user", ("page", hva & _PAGE))
+    return mm.copy_from_user(hva, size)

@@ -6,6 +6,12 @@ stage like any access, then takes the page itself through
 :func:`~guestfault.softkvm.mmu.kvm_mmu_page_fault`.  A refusal leaves its reason in
 ``vcpu.refusal``.
 
+To the second stage an access to a page table is always a write, whether the walk sets a flag there
+or only reads (AMD64 APM volume 2, "Nested Paging"; it is so under EPT, too, where that keeps
+accessed and dirty flags).  So a guest whose tables cannot be written, because the host has mapped
+them read-only or their slot is ``KVM_MEM_READONLY``, gets nowhere through them, unless KVM emulates
+what it wanted to do; and all accesses are a user's.
+
 The same road serves what the processor accesses for itself, and KVM does here in its place (the
 delivery of events, the check of a port): :func:`read_guest_virt` and :func:`write_guest_virt`.
 KVM's own accesses are another matter: :mod:`guestfault.softkvm.guest_access`.
@@ -21,7 +27,6 @@ from unicorn import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 from guestfault.softkvm import preempt
 from guestfault.softkvm.kvm_host import KvmVcpu, Walked
 from guestfault.softkvm.mmu import kvm_mmu_page_fault
-from guestfault.softkvm.paging_tmpl import gva_to_gpa
 from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import Access
 from guestfault.softkvm.refusal import (
@@ -53,6 +58,7 @@ from guestfault.x86.registers import (
     GP_VECTOR,
     PF_VECTOR,
     PFERR_FETCH_MASK,
+    PFERR_GUEST_PAGE_MASK,
     PFERR_PRESENT_MASK,
     PFERR_RSVD_MASK,
     PFERR_USER_MASK,
@@ -67,7 +73,10 @@ _WRITTEN = _READ_FLAGS | PT_DIRTY_MASK
 _READ, _WRITE, _FETCH = AccessKind.READ, AccessKind.WRITE, AccessKind.FETCH
 _KIND = {int(Access.READ): _READ, int(Access.WRITE): _WRITE, int(Access.FETCH): _FETCH}
 _NOT_MEMORY = PFERR_PRESENT_MASK | PFERR_RSVD_MASK
-_ERROR_CODE = {_READ: 0, _WRITE: PFERR_WRITE_MASK, _FETCH: PFERR_FETCH_MASK}
+# What a fault of the second stage is about, as its error code says, by the kind of access.
+_CODE = PFERR_USER_MASK, PFERR_USER_MASK | PFERR_WRITE_MASK, PFERR_USER_MASK | PFERR_FETCH_MASK
+_RIGHT = PT_READ, PT_WRITABLE, PT_READ
+_WALKS = PFERR_GUEST_PAGE_MASK | PFERR_USER_MASK | PFERR_WRITE_MASK
 
 
 def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
@@ -91,7 +100,7 @@ def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
         if found.updates and not _make_updates(vcpu, found):
             return None
         page, rights, dirty = found.gpa & ~_OFFSET, found.rights, found.dirty
-    spte = _spte(vcpu, page, kind)
+    spte = _spte(vcpu, page, _RIGHT[kind], _CODE[kind])
     if spte:
         perms = _first_stage_perms(
             vcpu.paging.permissions,
@@ -103,7 +112,7 @@ def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
         return page, perms if dirty and spte & PT_WRITABLE else perms & ~UC_PROT_WRITE
     if not vcpu.smap:  # which makes the answer depend on RFLAGS.AC as well
         vcpu.walked = entry
-    vcpu.refused_page = gva & ~_OFFSET, page
+    vcpu.refused_page = gva & ~_OFFSET
     return None
 
 
@@ -141,7 +150,8 @@ def _settled_entry(vcpu: KvmVcpu, gva: int, kind: AccessKind, asked: int) -> Wal
         return None
     paging = vcpu.paging
     size = paging.entry_size
-    data = _copy_from_guest(vcpu, table.gpa + (gva >> 12) % (PAGE_SIZE // size) * size, size)
+    gpa = table.gpa + (gva >> 12) % (PAGE_SIZE // size) * size
+    data = _copy_from_guest(vcpu, gpa, size, PT_WRITABLE, _WALKS)
     if data is None:
         return None
     entry = int.from_bytes(data, "little")
@@ -173,23 +183,27 @@ def read_guest_virt(
             parts.append(read_linear(vcpu, at, n, kind, implicit=system))
         return b"".join(parts)
     for gpa, n in _resolve(vcpu, gva, size, kind, implicit):
-        data = _copy_from_guest(vcpu, gpa, n)
+        data = _copy_from_guest(vcpu, gpa, n, PT_READ, _CODE[kind])
         if data is None:
             raise AccessFailed(vcpu.refusal)
         parts.append(data)
     return b"".join(parts)
 
 
-def write_guest_virt(vcpu: KvmVcpu, gva: int, data: bytes, *, implicit: bool = False) -> None:
+def write_guest_virt(
+    vcpu: KvmVcpu, gva: int, data: bytes, *, implicit: bool = False, word: int = 0
+) -> None:
     """Write guest memory at a linear address; raises :class:`AccessFailed`.
 
-    Every page is resolved before the first byte is written.
+    Every page is resolved before the first byte is written.  With the size of a ``word`` that is
+    done as these are pushed: from the last page to the first, and for the last word in each.
     """
     if vcpu.mmu is not None:
-        _write_by_shadow(vcpu, gva, data, implicit)
+        _write_by_shadow(vcpu, gva, data, implicit, word)
         return
-    for gpa, n in list(_resolve(vcpu, gva, len(data), _WRITE, implicit)):
-        if not _copy_to_guest(vcpu, gpa, data[:n]):
+    pieces = list(_resolve(vcpu, gva, len(data), _WRITE, implicit, word))
+    for gpa, n in reversed(pieces) if word else pieces:
+        if not _copy_to_guest(vcpu, gpa, data[:n], _CODE[_WRITE]):
             raise AccessFailed(vcpu.refusal)
         data = data[n:]
 
@@ -204,11 +218,14 @@ def probe_guest_virt(vcpu: KvmVcpu, gva: int, size: int) -> None:
         pass
 
 
-def _write_by_shadow(vcpu: KvmVcpu, gva: int, data: bytes, implicit: bool) -> None:
+def _write_by_shadow(vcpu: KvmVcpu, gva: int, data: bytes, implicit: bool, word: int = 0) -> None:
     pages = [
         (at, n, implicit or at & ~_OFFSET == vcpu.system_page) for at, n in _pages(gva, len(data))
     ]
-    if len(pages) > 1:
+    if word:
+        for at, n, system in reversed(pages):
+            write_linear(vcpu, at + max(0, n - word), b"", implicit=system)
+    elif len(pages) > 1:
         for at, _, system in pages:
             write_linear(vcpu, at, b"", implicit=system)
     for at, n, system in pages:
@@ -225,16 +242,20 @@ def _pages(gva: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _resolve(
-    vcpu: KvmVcpu, gva: int, size: int, kind: AccessKind, implicit: bool
+    vcpu: KvmVcpu, gva: int, size: int, kind: AccessKind, implicit: bool, word: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """The (gpa, size) pieces of an access, each page of it resolved in both stages."""
-    for at, n in _pages(gva, size):
-        found = translate(vcpu, at, kind, implicit=implicit)
+    """The (gpa, size) pieces of an access, each page of it resolved in both stages.
+
+    With a ``word`` in the order of pushes, the last page first.
+    """
+    for at, n in reversed(list(_pages(gva, size))) if word else _pages(gva, size):
+        into = max(0, n - word) if word else 0
+        found = translate(vcpu, at + into, kind, implicit=implicit)
         if not isinstance(found, Translation):
             raise AccessFailed(_refused(vcpu, found))
-        if not _make_updates(vcpu, found) or not _spte(vcpu, found.gpa, kind):
+        if not _make_updates(vcpu, found) or not _spte(vcpu, found.gpa, _RIGHT[kind], _CODE[kind]):
             raise AccessFailed(vcpu.refusal)
-        yield found.gpa, n
+        yield found.gpa - into, n
 
 
 # -- both stages -----------------------------------------------------------------------------------
@@ -244,13 +265,11 @@ def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = Fal
     """Walk the guest's tables, from the last of them if this neighbourhood was walked before."""
 
     def read_entry(gpa: int, size: int) -> int | None:
-        data = _copy_from_guest(vcpu, gpa, size)
+        data = _copy_from_guest(vcpu, gpa, size, PT_WRITABLE, _WALKS)
         return None if data is None else int.from_bytes(data, "little")
 
     user, ac, shift = vcpu.cpl == 3, vcpu.smap_ac, vcpu.table_shift
     implicit = implicit or gva & ~_OFFSET == vcpu.system_page
-    if vcpu.mmu is not None:
-        return gva_to_gpa(vcpu, gva, kind, user, ac=ac, implicit=implicit)
     table = vcpu.tables.get(gva >> shift) if shift else None
     if table is not None:
         found = walk_from(vcpu.paging, table, gva, kind, user, read_entry, ac=ac, implicit=implicit)
@@ -267,14 +286,14 @@ def translate(vcpu: KvmVcpu, gva: int, kind: AccessKind, *, implicit: bool = Fal
 def _make_updates(vcpu: KvmVcpu, found: Translation) -> bool:
     """Set accessed and dirty bits in the guest's tables; ``False`` if refused."""
     return all(
-        _copy_to_guest(vcpu, gpa, value.to_bytes(size, "little"))
+        _copy_to_guest(vcpu, gpa, value.to_bytes(size, "little"), _WALKS)
         for gpa, value, size in found.updates
     )
 
 
-def _copy_from_guest(vcpu: KvmVcpu, gpa: int, size: int) -> bytes | None:
+def _copy_from_guest(vcpu: KvmVcpu, gpa: int, size: int, right: int, code: int) -> bytes | None:
     """Read inside one guest physical page; ``None`` if refused."""
-    while spte := _spte(vcpu, gpa, _READ):
+    while spte := _spte(vcpu, gpa, right, code):
         data = vcpu.kvm.mm.copy_from_user((spte & ~_OFFSET) + (gpa & _OFFSET), size)
         if data is not None:
             return data
@@ -282,9 +301,9 @@ def _copy_from_guest(vcpu: KvmVcpu, gpa: int, size: int) -> bytes | None:
     return None
 
 
-def _copy_to_guest(vcpu: KvmVcpu, gpa: int, data: bytes) -> bool:
+def _copy_to_guest(vcpu: KvmVcpu, gpa: int, data: bytes, code: int) -> bool:
     """Write inside one guest physical page; ``False`` if refused."""
-    while spte := _spte(vcpu, gpa, _WRITE):
+    while spte := _spte(vcpu, gpa, PT_WRITABLE, code):
         if vcpu.kvm.mm.copy_to_user((spte & ~_OFFSET) + (gpa & _OFFSET), data):
             return True
         _drop(vcpu, gpa)
@@ -298,22 +317,22 @@ def _drop(vcpu: KvmVcpu, gpa: int) -> None:
     vcpu.kvm.second_stage.sptes.pop(gpa >> 12, None)
 
 
-def _spte(vcpu: KvmVcpu, gpa: int, kind: AccessKind) -> int:
-    """The second-stage entry that allows the access, faulted in if need be; 0 if refused."""
+def _spte(vcpu: KvmVcpu, gpa: int, right: int, code: int) -> int:
+    """The second-stage entry that has the ``right``, faulted in if need be; 0 if refused.
+
+    ``code`` is what the error code of its fault says of the access.
+    """
     sptes = vcpu.kvm.second_stage.sptes
-    right = PT_WRITABLE if kind is _WRITE else PT_READ
     while True:
         if preempt.scheduler is not None:
             preemption_point("guest_mmu: read the SPTE", "mmu")
         spte = sptes.get(gpa >> 12, 0)
         if spte & right:
             return spte
-        error_code = _ERROR_CODE[kind]
-        if vcpu.cpl == 3:
-            error_code |= PFERR_USER_MASK
+        why = 0
         if spte:
-            error_code |= _NOT_MEMORY if spte & SPTE_MMIO else PFERR_PRESENT_MASK
-        if not kvm_mmu_page_fault(vcpu, gpa, error_code):
+            why = _NOT_MEMORY if spte & SPTE_MMIO else PFERR_PRESENT_MASK
+        if not kvm_mmu_page_fault(vcpu, gpa, code | why):
             return 0
 
 

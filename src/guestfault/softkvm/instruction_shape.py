@@ -25,9 +25,11 @@ class Shape(NamedTuple):
     """What of RCX counts its repetitions; 0 if it is not repeated."""
     compares: bool
     """CMPS: KVM reads the source (rSI) first, the engine the destination (rDI)."""
+    two_operands: bool
+    """MOVS, CMPS, PUSH and POP of memory: ``TwoMemOp`` in emulate.c."""
 
 
-PLAIN = Shape(0, False, False, 0, False)
+PLAIN = Shape(0, False, False, 0, False, False)
 """Nothing of note."""
 
 _DESCRIPTORS = {
@@ -37,6 +39,8 @@ _DESCRIPTORS = {
 }
 # CMPSD is also the name of a vector instruction.
 _CMPS = {Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ}
+_MOVS = {Mnemonic.MOVSB, Mnemonic.MOVSW, Mnemonic.MOVSD, Mnemonic.MOVSQ}
+_PUSH_POP = {Mnemonic.PUSH, Mnemonic.POP}
 _SEGMENTS = range(Register.ES, Register.GS + 1)
 _MEMORY_64 = {OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_ESRDI}
 _MEMORY_32 = {OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESEDI}
@@ -62,4 +66,6 @@ def shape_of(code: bytes, code_size: int) -> Shape:
         or (insn.op_count > 0 and insn.op0_register in _SEGMENTS),
         count_mask=mask,
         compares=insn.mnemonic in _CMPS and insn.is_string_instruction,
+        two_operands=(insn.mnemonic in _MOVS | _CMPS and insn.is_string_instruction)
+        or (insn.mnemonic in _PUSH_POP and OpKind.MEMORY in kinds),
     )

@@ -28,6 +28,7 @@ from guestfault.softkvm.processor import MAX_PHYS, REQUESTED, MakeProcessor, Pro
 from guestfault.softkvm.refusal import GuestException, Refusal, Retry
 from guestfault.softkvm.second_stage import SecondStage
 from guestfault.softkvm.shadow_page import KvmMmu
+from guestfault.softkvm.vmcb import VMEXIT_INVALID
 from guestfault.softkvm.workqueue import Workqueue
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.paging import PagingState, Table
@@ -130,6 +131,9 @@ class Kvm:
     second_stage: SecondStage = field(default_factory=SecondStage)
     memslots: Memslots = field(default_factory=Memslots)
     slots_lock: Mutex = field(default_factory=lambda: Mutex("slots_lock"))
+    mn_active_invalidate_count: int = 0
+    """Invalidations between their start and their end: as long, the slots stay what they are."""
+    mn_invalidate_lock: threading.Lock = field(default_factory=threading.Lock)
     irqchip_in_kernel: bool = False
     workqueue: Workqueue = field(default_factory=Workqueue)
     schedule_work: Callable[[Callable[[], None]], None] = field(init=False)
@@ -199,6 +203,7 @@ class KvmVcpu:
         self.srcu_seq = 0  # odd while it reads the slots: see srcu.py
         self.wait = Sleeper(("wait", vcpu_id))
         self.in_run = False  # a thread is in KVM_RUN with it, which a kick must end
+        self.wants_to_run = False  # what immediate_exit said as that began
         self.sregs = uapi.kvm_sregs()
         self.sregs_changed = True
         self.mapped_memslots = _NO_SLOTS
@@ -213,7 +218,8 @@ class KvmVcpu:
         self.pending_exception: GuestException | None = None
         self.complete_userspace_io: Callable[[], int] | None = None
         self.refusal: Refusal = _RETRY
-        self.refused_page: tuple[int, int] | None = None  # linear and physical, if it got so far
+        self.refused_page: int | None = None  # linear; what a TLB miss was refused, once translated
+        self.exit_code = VMEXIT_INVALID  # what the processor stopped with, if it was no fault
         self.emulate_ctxt = EmulateCtxt()
         self.last_error = ""
         # The first stage: the registers that decide a walk, and the last tables walked to, as in a
@@ -394,4 +400,4 @@ def _leave_guest_mode(vcpu: KvmVcpu, name: str) -> None:
         # A signal handler, called in the midst of a hook: the run ends with that.
         return kvm_get_running_vcpu() is vcpu
 
-    wait(name, vcpu.shared, left)
+    wait(name, vcpu.shared, left, acts=True)

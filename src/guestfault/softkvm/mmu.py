@@ -117,7 +117,7 @@ def kvm_mmu_page_fault(vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int) -> bool:
     if r < 0:
         vcpu.refusal = _EFAULT if r == -errno.EFAULT else Exit(r)
     elif r == _EMULATE:
-        vcpu.refusal = Emulate(cr2_or_gpa, _kind(error_code))
+        vcpu.refusal = Emulate(cr2_or_gpa, _kind(error_code), error_code, cr2_or_gpa)
     else:
         # Something is being changed.  Back to the run loop, as in the kernel: somebody may want
         # more of this vCPU than that it tries again.

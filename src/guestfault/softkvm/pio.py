@@ -1,82 +1,42 @@
-"""Port I/O: ``kvm_fast_pio`` (arch/x86/kvm/x86.c), ``em_in`` and ``em_out`` (emulate.c).
+"""Port instructions at which the processor stops: ``kvm_fast_pio`` (arch/x86/kvm/x86.c).
 
-IN and OUT touch no memory: the exit is made, and RIP moves when userspace has done its part.
-
-INS and OUTS are the emulator's, on every processor, for one side of them is memory, and KVM
-accesses that as it does for any instruction it carries out
-(:mod:`guestfault.softkvm.emulated_access`): where its copy fails, the guest's RAM becomes a device.
-
-- OUTS reads first.  From an absent page that is KVM_EXIT_MMIO for a read; then comes the port.
-  When userspace sees KVM_EXIT_IO, the element is done: the registers have moved on.
-- INS asks the port first, for as many elements as the rest of the page has room for, and moves
-  when it has them.  To an absent page the store is then KVM_EXIT_MMIO, and is lost unless
-  userspace makes it: the instruction is past.
+IN and OUT touch no memory: the exit is made, and RIP moves when userspace has done its part.  INS
+and OUTS are the emulator's (:mod:`guestfault.softkvm.em_io`).  Before either the processor looks
+whether the guest may use the port at all.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import iced_x86
-from iced_x86 import Mnemonic, OpKind, Register
+from iced_x86 import Mnemonic
 
-from guestfault.softkvm.emulate_ctxt import X86Emul
-from guestfault.softkvm.emulated_access import Operands
+from guestfault.softkvm.em_io import STRING_IO, emulator_io_permitted, exit_io, finish_in, port_of
 from guestfault.softkvm.emulator import x86_emulate_instruction
-from guestfault.softkvm.guest_access import kvm_read_guest_virt_helper
 from guestfault.softkvm.guest_mmu import read_guest_virt
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.refusal import AccessFailed, GuestException
-from guestfault.uapi import kvm as uapi
-from guestfault.x86.registers import (
-    CR0_PE,
-    GP_VECTOR,
-    X86_EFLAGS_DF,
-    X86_EFLAGS_IOPL,
-    X86_EFLAGS_IOPL_BIT,
-    X86_EFLAGS_VM,
-)
+from guestfault.x86.registers import GP_VECTOR
 
-__all__ = ["PIO_PAGE_OFFSET", "STRING_IO", "kvm_fast_pio", "string_io"]
-
-PIO_PAGE_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
-_IO_READ_AHEAD = 1024  # bytes: struct read_cache
-_PAGE_SIZE = 4096
-_U64 = 2**64 - 1
-_CONTINUE = X86Emul.CONTINUE
-
-_SIZES = {Register.AL: 1, Register.AX: 2, Register.EAX: 4}
-_IN_STRING = {Mnemonic.INSB: 1, Mnemonic.INSW: 2, Mnemonic.INSD: 4}
-_OUT_STRING = {Mnemonic.OUTSB: 1, Mnemonic.OUTSW: 2, Mnemonic.OUTSD: 4}
-STRING_IO = frozenset(_IN_STRING) | frozenset(_OUT_STRING)
-
-
-# -- IN and OUT ------------------------------------------------------------------------------------
+__all__ = ["kvm_fast_pio", "string_io"]
 
 
 def kvm_fast_pio(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
     """IN or OUT: KVM_EXIT_IO."""
     is_in = insn.mnemonic == Mnemonic.IN
-    size = _SIZES[insn.op0_register if is_in else insn.op1_register]
-    port_op = 1 if is_in else 0
-    if insn.op_kind(port_op) == OpKind.IMMEDIATE8:
-        port = insn.immediate8
-    else:
-        port = vcpu.cpu.get("rdx") & 0xFFFF
-    check_port(vcpu, port, size)
+    port, size = port_of(vcpu, insn)
+    _check_port(vcpu, port, size)
     if is_in:
-        _exit_io(vcpu, port, size, 1, None)
+        exit_io(vcpu, port, size, 1, None)
     else:
         low = vcpu.cpu.get("rax") & (1 << 8 * size) - 1
-        _exit_io(vcpu, port, size, 1, low.to_bytes(size, "little"))
+        exit_io(vcpu, port, size, 1, low.to_bytes(size, "little"))
     linear_rip = vcpu.cpu.linear_rip
 
     def complete() -> int:
         # Userspace may have moved RIP elsewhere: complete_fast_pio_out() looks, too.
         if vcpu.cpu.linear_rip == linear_rip:
             if is_in:
-                _finish_in(vcpu, size)
+                vcpu.cpu.set("rax", finish_in(vcpu, size))
             vcpu.cpu.skip(insn.len)
         return 1
 
@@ -84,199 +44,17 @@ def kvm_fast_pio(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
     return 0
 
 
-def _finish_in(vcpu: KvmVcpu, size: int) -> None:
-    data = int.from_bytes(_pio_data(vcpu, size), "little")
-    # A write to EAX clears the upper half of RAX; AL and AX leave the rest.
-    keep = 0 if size == 4 else vcpu.cpu.get("rax") & ~((1 << 8 * size) - 1)
-    vcpu.cpu.set("rax", keep | data)
+def string_io(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
+    """INS or OUTS: what the processor checks, then the emulator."""
+    _check_port(vcpu, vcpu.cpu.get("rdx") & 0xFFFF, STRING_IO[insn.mnemonic])
+    return x86_emulate_instruction(vcpu)
 
 
-def _pio_data(vcpu: KvmVcpu, size: int) -> bytes:
-    return bytes(vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size])
-
-
-def _exit_io(vcpu: KvmVcpu, port: int, size: int, count: int, data: bytes | None) -> None:
-    """Fill ``kvm_run``; ``data`` is what goes out, ``None`` asks for what comes in."""
-    run = vcpu.run
-    run.exit_reason = uapi.KVM_EXIT_IO
-    run.io.direction = uapi.KVM_EXIT_IO_IN if data is None else uapi.KVM_EXIT_IO_OUT
-    run.io.size, run.io.port, run.io.count = size, port, count
-    run.io.data_offset = PIO_PAGE_OFFSET
-    if data is not None:
-        vcpu.run_area[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + len(data)] = data
-    vcpu.stat.io_exits += 1
-
-
-# -- who may -------------------------------------------------------------------------------------
-
-ReadSystem = Callable[[int, int], bytes | None]
-"""``read(linear, size)`` as the processor reads for itself."""
-
-
-def check_port(vcpu: KvmVcpu, port: int, size: int) -> None:
+def _check_port(vcpu: KvmVcpu, port: int, size: int) -> None:
     """The processor's own check, before it asks KVM; raises :class:`AccessFailed`."""
 
     def read(linear: int, length: int) -> bytes:
         return read_guest_virt(vcpu, linear, length, implicit=True)
 
-    if not _io_permitted(vcpu, port, size, read):
+    if not emulator_io_permitted(vcpu, port, size, read):
         raise AccessFailed(GuestException(GP_VECTOR, 0))
-
-
-def _io_permitted(vcpu: KvmVcpu, port: int, size: int, read: ReadSystem) -> bool:
-    """``emulator_io_permitted``: IOPL, then the TSS's bitmap."""
-    rflags = vcpu.rflags
-    iopl = (rflags & X86_EFLAGS_IOPL) >> X86_EFLAGS_IOPL_BIT
-    if not vcpu.sregs.cr0 & CR0_PE or (vcpu.cpl <= iopl and not rflags & X86_EFLAGS_VM):
-        return True
-    task = vcpu.sync_sregs().tr
-    if task.unusable or task.limit < 103:
-        return False
-    base = read(task.base + 102, 2)
-    if base is None:
-        return False
-    at = int.from_bytes(base, "little") + port // 8
-    if at + 1 > task.limit:
-        return False
-    bits = read(task.base + at, 2)
-    if bits is None:
-        return False
-    return not int.from_bytes(bits, "little") >> (port & 7) & ((1 << size) - 1)
-
-
-# -- INS and OUTS ----------------------------------------------------------------------------------
-
-
-def string_io(vcpu: KvmVcpu, insn: iced_x86.Instruction) -> int:
-    """INS or OUTS: what the processor checks, then the emulator."""
-    is_in = insn.mnemonic in _IN_STRING
-    size = (_IN_STRING if is_in else _OUT_STRING)[insn.mnemonic]
-    check_port(vcpu, vcpu.cpu.get("rdx") & 0xFFFF, size)
-    execute = functools.partial(_em_in if is_in else _em_out, vcpu, size)
-    return x86_emulate_instruction(vcpu, execute=execute)
-
-
-class _StringIo:
-    """One round of INS or OUTS: its registers, as they are before."""
-
-    def __init__(self, vcpu: KvmVcpu, size: int, pointer: str, memory_op: int) -> None:
-        self.vcpu, self.ctxt, self.size = vcpu, vcpu.emulate_ctxt, size
-        assert self.ctxt.insn is not None
-        self.insn = self.ctxt.insn
-        self.regs = vcpu.cpu.named_gprs()
-        self.wide = _address_mask(self.insn, memory_op)
-        self.repeat = self.ctxt.shape.count_mask != 0
-        self.count = self.regs["rcx"] & self.wide
-        self.port = self.regs["rdx"] & 0xFFFF
-        self.pointer = pointer
-        self.address = self.regs[pointer] & self.wide
-        self.backwards = self.regs["rflags"] & X86_EFLAGS_DF != 0
-
-    def permitted(self) -> bool:
-        """``check_perm_in``, ``check_perm_out``: else the guest gets #GP."""
-
-        def read(linear: int, length: int) -> bytes | None:
-            found = kvm_read_guest_virt_helper(self.vcpu, linear, length, system=True)
-            return found if isinstance(found, bytes) else None
-
-        if _io_permitted(self.vcpu, self.port, self.size, read):
-            return True
-        self.ctxt.exception = GuestException(GP_VECTOR, 0)
-        return False
-
-    def linear(self, segment: str) -> int:
-        """Where its memory operand is."""
-        return (self.vcpu.cpu.segment_base(segment) + self.address) & _U64
-
-    def advance(self, elements: int) -> None:
-        """Move the registers on; RIP only if nothing is repeated."""
-        step = -self.size if self.backwards else elements * self.size
-        new = self.ctxt.writeback
-        pointer = self.regs[self.pointer]
-        new[self.pointer] = pointer & ~self.wide | (pointer + step) & self.wide
-        if self.repeat:
-            new["rcx"] = self.regs["rcx"] & ~self.wide | (self.regs["rcx"] - elements) & self.wide
-        else:
-            self.retire()
-
-    def retire(self) -> None:
-        """Put RIP behind it."""
-        mask = (1 << self.ctxt.code_size) - 1
-        self.ctxt.writeback["rip"] = (self.ctxt.eip + self.insn.len) & mask
-
-
-def _em_out(vcpu: KvmVcpu, size: int) -> X86Emul:
-    ctxt = vcpu.emulate_ctxt
-    io = _StringIo(vcpu, size, "rsi", 1)
-    if not io.permitted():
-        return X86Emul.PROPAGATE_FAULT
-    if io.repeat and not io.count:
-        io.retire()
-        return _CONTINUE
-    data = Operands(vcpu).read(io.linear(_segment_name(io.insn)), size)
-    if data is None:
-        return ctxt.rc
-    _exit_io(vcpu, io.port, size, 1, data)
-    ctxt.pio_count, ctxt.pio_is_in = 1, False
-    io.advance(1)
-    return _CONTINUE
-
-
-def _em_in(vcpu: KvmVcpu, size: int) -> X86Emul:
-    ctxt = vcpu.emulate_ctxt
-    io = _StringIo(vcpu, size, "rdi", 0)
-    if not io.permitted():
-        return X86Emul.PROPAGATE_FAULT
-    if io.repeat and not io.count:
-        io.retire()
-        return _CONTINUE
-    if not _pio_in_emulated(vcpu, io):
-        return X86Emul.IO_NEEDED
-    # Forwards, all that was read goes to memory in one write.
-    elements = 1
-    if io.repeat and not io.backwards:
-        elements = (len(ctxt.io_read) - ctxt.io_read_pos) // size
-    at, ctxt.io_read_pos = ctxt.io_read_pos, ctxt.io_read_pos + elements * size
-    if not Operands(vcpu).write(io.linear("es"), ctxt.io_read[at : ctxt.io_read_pos]):
-        return ctxt.rc
-    io.advance(elements)
-    return _CONTINUE
-
-
-def _pio_in_emulated(vcpu: KvmVcpu, io: _StringIo) -> bool:
-    """Whether there are elements read ahead; if not, the exit that asks for some is prepared."""
-    ctxt = vcpu.emulate_ctxt
-    if ctxt.io_read_pos < len(ctxt.io_read):
-        return True
-    if ctxt.pio_count:
-        ctxt.io_read, ctxt.io_read_pos = _pio_data(vcpu, ctxt.pio_count * io.size), 0
-        ctxt.pio_count = 0
-        return True
-    offset = io.regs["rdi"] & (_PAGE_SIZE - 1)
-    in_page = offset if io.backwards else _PAGE_SIZE - offset
-    count = io.count if io.repeat else 1
-    ctxt.pio_count = max(1, min(in_page, _IO_READ_AHEAD // io.size, count))
-    ctxt.pio_is_in = True
-    _exit_io(vcpu, io.port, io.size, ctxt.pio_count, None)
-    return False
-
-
-def _address_mask(insn: iced_x86.Instruction, memory_op: int) -> int:
-    kind = insn.op_kind(memory_op)
-    if kind in (OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_ESRDI):
-        return _U64
-    return 0xFFFFFFFF if kind in (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI) else 0xFFFF
-
-
-_SEGMENT_NAMES = {
-    Register.ES: "es",
-    Register.CS: "cs",
-    Register.SS: "ss",
-    Register.DS: "ds",
-    Register.FS: "fs",
-    Register.GS: "gs",
-}
-
-
-def _segment_name(insn: iced_x86.Instruction) -> str:
-    return _SEGMENT_NAMES[insn.memory_segment]

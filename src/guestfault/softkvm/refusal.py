@@ -6,7 +6,7 @@ has stopped.  Code that accesses memory on the guest's behalf raises it as :clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from guestfault.x86.paging import AccessKind
 
@@ -22,10 +22,16 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Emulate:
-    """The access is not to memory, or must not be done to it: KVM performs the instruction."""
+    """The access is not to memory, or must not be done to it: KVM performs the instruction.
+
+    ``error_code`` and ``address`` are what the processor reported of its fault, the address a
+    linear one under shadow paging.
+    """
 
     gpa: int
     kind: AccessKind
+    error_code: int = field(default=0, compare=False)
+    address: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

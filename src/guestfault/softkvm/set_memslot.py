@@ -5,6 +5,10 @@ frames pass for MMIO before they have been.  So the kernel publishes it three ti
 same slot marked ``KVM_MEMSLOT_INVALID``, on which page faults are retried; then come the zap and
 the flush of the TLBs; then the list without it, or with it in its new place.
 
+No list is published while the host is taking pages away (``mn_active_invalidate_count``): KVM
+counts what is in flight by the slots that a range is in, and must find the same ones at its end.
+The other way round nobody waits: an invalidation takes no lock that a change of slots holds.
+
 After each list is published, :mod:`guestfault.softkvm.srcu` has everybody waited for who may still
 use a slot of an older one: what comes next, be it the zap or userspace that unmaps the memory,
 meets no fault in flight that found the slot.  One that found *no* slot may still leave an entry
@@ -18,7 +22,7 @@ from dataclasses import replace
 from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs
 from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, KvmMemorySlot
 from guestfault.softkvm.page_track import kvm_page_track_flush_slot
-from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.preempt import wait
 from guestfault.softkvm.srcu import synchronize_srcu
 from guestfault.uapi import kvm as uapi
 
@@ -47,10 +51,21 @@ def kvm_invalidate_memslot(kvm: Kvm, old: KvmMemorySlot) -> KvmMemorySlot:
 def kvm_swap_active_memslots(
     kvm: Kvm, old: KvmMemorySlot | None, new: KvmMemorySlot | None
 ) -> None:
-    """Publish the next list; when it returns, nobody uses the one before."""
-    preemption_point("kvm_swap_active_memslots: publish the slots", "memslots", True)
-    kvm.memslots = kvm.memslots.replaced(old, new)
+    """Publish the next list; when it returns, nobody uses the one before.
+
+    An invalidation that has begun must end on the slots that it began with.
+    """
+    memslots, published = kvm.memslots.replaced(old, new), False
+    while not published:
+        wait("kvm_swap_active_memslots: publish the slots", "memslots", lambda: _are_free(kvm))
+        with kvm.mn_invalidate_lock:
+            if _are_free(kvm):
+                kvm.memslots, published = memslots, True
     synchronize_srcu(kvm)
+
+
+def _are_free(kvm: Kvm) -> bool:
+    return not kvm.mn_active_invalidate_count
 
 
 def kvm_arch_flush_shadow_memslot(kvm: Kvm, slot: KvmMemorySlot) -> None:

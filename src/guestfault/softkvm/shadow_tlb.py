@@ -32,7 +32,7 @@ from guestfault.x86.registers import (
 __all__ = ["read_linear", "shadow_entry", "write_linear"]
 
 _OFFSET = 0xFFF
-_LINEAR_MASK = (1 << 64) - 1
+_LINEAR_MASK, _U32 = (1 << 64) - 1, (1 << 32) - 1
 _WRITE = AccessKind.WRITE
 _ERROR_CODE = {
     AccessKind.READ: 0,
@@ -78,10 +78,12 @@ def shadow_entry(
         mmu.fault_gpa = None
         if not kvm_handle_page_fault(vcpu, code, gva):
             injected, mmu.injected = mmu.injected, None
+            refusal = vcpu.refusal
             if injected is not None:
                 vcpu.refusal = injected
-            elif isinstance(vcpu.refusal, Emulate):
-                vcpu.refusal = Emulate(_emulated_gpa(vcpu, mmu, gva), kind)
+            elif isinstance(refusal, Emulate):
+                gpa = _emulated_gpa(vcpu, mmu, gva)
+                vcpu.refusal = Emulate(gpa, kind, refusal.error_code & _U32, refusal.address)
             return None
 
 

@@ -12,7 +12,7 @@ from guestfault.errors import KvmError
 from guestfault.softkvm import preempt
 from guestfault.softkvm.async_pf import kvm_clear_async_pf_completion_queue
 from guestfault.softkvm.cpu import Cpu
-from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill, translate
+from guestfault.softkvm.guest_mmu import read_guest_virt, tlb_fill
 from guestfault.softkvm.kvm_host import (
     Kvm,
     KvmVcpu,
@@ -24,6 +24,7 @@ from guestfault.softkvm.kvm_host import (
 )
 from guestfault.softkvm.lapic import APIC_BASE_BSP, KvmLapic
 from guestfault.softkvm.msr import read_msr, write_msr
+from guestfault.softkvm.paging_tmpl import gva_to_gpa
 from guestfault.softkvm.preempt import Mutex, preemption_point
 from guestfault.softkvm.processor import GPRS, Access, Hooks
 from guestfault.softkvm.refusal import AccessFailed, Retry
@@ -93,7 +94,8 @@ class SoftVcpu:
                 return -errno.EBADF
             vcpu_load(vcpu)
             vcpu.srcu_seq |= 1  # kvm_vcpu_srcu_read_lock(), behind the same point as the mutex
-            vcpu.in_run = True
+            vcpu.in_run = True  # before the next: a kick is seen here, or by a request
+            vcpu.wants_to_run = not vcpu.run.immediate_exit
             try:
                 ret = kvm_arch_vcpu_ioctl_run(vcpu)
             finally:
@@ -247,9 +249,9 @@ class SoftVcpu:
             kvm_make_request(vcpu, Request.EVENT)
 
     def translate(self, gva: int) -> uapi.kvm_translation:
-        """``KVM_TRANSLATE``."""
+        """``KVM_TRANSLATE``: KVM's own walk, which makes no page fault and leaves no flag set."""
         with self._loaded("KVM_TRANSLATE") as vcpu:
-            found = translate(vcpu, gva, AccessKind.READ, implicit=True)
+            found = gva_to_gpa(vcpu, gva, AccessKind.READ, False, implicit=True)
         valid = type(found) is Translation
         gpa = found.gpa if type(found) is Translation else 2**64 - 1
         return uapi.kvm_translation(

@@ -15,6 +15,7 @@ from guestfault.softkvm.capabilities import (
 from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs, kvm_get_running_vcpu
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
+from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import MakeProcessor
 from guestfault.softkvm.set_memslot import kvm_set_memslot
 from guestfault.softkvm.shadow import kvm_mmu_init_vm
@@ -152,12 +153,19 @@ class SoftVm:
     def invalidate_range_start(self, start: int, end: int) -> None:
         """The host is about to take pages away: see to it that no vCPU can touch them."""
         kvm = self.kvm
+        preemption_point("invalidate_range_start: hold the slots", "memslots", True)
+        with kvm.mn_invalidate_lock:
+            kvm.mn_active_invalidate_count += 1
         if kvm.second_stage.invalidate_range_start(kvm.memslots, start, end):
             kvm_flush_remote_tlbs(kvm)
 
     def invalidate_range_end(self, start: int, end: int) -> None:
         """They are gone; faults may look again."""
-        self.kvm.second_stage.invalidate_range_end()
+        kvm = self.kvm
+        kvm.second_stage.invalidate_range_end()
+        preemption_point("invalidate_range_end: let the slots go", "memslots", True)
+        with kvm.mn_invalidate_lock:
+            kvm.mn_active_invalidate_count -= 1
 
     def close(self) -> None:
         """Release the VM and every vCPU of it.  Again is harmless."""

@@ -13,7 +13,15 @@ import struct
 
 from guestfault.uapi import kvm as uapi
 
-__all__ = ["INTERCEPT_EXCEPTION", "VMCB_SIZE", "SvmExit", "fill_vmcb", "segment_attributes"]
+__all__ = [
+    "INTERCEPT_EXCEPTION",
+    "VMCB_SIZE",
+    "VMEXIT_INVALID",
+    "VMEXIT_NPF",
+    "SvmExit",
+    "fill_vmcb",
+    "segment_attributes",
+]
 
 VMCB_SIZE = 4096
 
@@ -36,6 +44,9 @@ class SvmExit(enum.IntEnum):
 
 
 INTERCEPT_EXCEPTION = SvmExit.EXCEPTION
+# Not intercepts: the one comes of a second stage, which here is ours and not the engine's; the
+# other stands for what no processor stops for.
+VMEXIT_NPF, VMEXIT_INVALID = 0x400, 0xFFFF_FFFF
 
 _CR_WRITES = (1 << 0) | (1 << 3) | (1 << 4) | (1 << 8)
 _INTERCEPTS_1 = (

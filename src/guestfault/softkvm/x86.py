@@ -1,10 +1,10 @@
 """``KVM_RUN``: the loop of ``arch/x86/kvm/x86.c``.
 
-:func:`kvm_arch_vcpu_ioctl_run` completes what userspace was asked for, looks at ``immediate_exit``,
-and hands over to :func:`vcpu_run`, which enters the guest again and again, or sleeps while it is
-halted.  Before each entry :func:`vcpu_enter_guest` serves the vCPU's requests, in Linux's order,
-and delivers what is pending.  Every handler speaks KVM's convention: 1 resumes the guest, 0 exits
-to userspace with ``kvm_run`` filled, a negative errno is what KVM_RUN fails with.
+:func:`kvm_arch_vcpu_ioctl_run` completes what userspace was asked for, and, unless that is all that
+userspace wants, hands over to :func:`vcpu_run`, which enters the guest again and again, or sleeps
+while it is halted.  Before each entry :func:`vcpu_enter_guest` serves the vCPU's requests, in
+Linux's order, and delivers what is pending.  Every handler speaks KVM's convention: 1 resumes the
+guest, 0 exits to userspace with ``kvm_run`` filled, a negative errno is what KVM_RUN fails with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from guestfault.softkvm.fault_address import refine
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
 from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, Memslots
-from guestfault.softkvm.preempt import preemption_point
 from guestfault.softkvm.processor import REFUSED, Stop, StopKind
 from guestfault.softkvm.refusal import (
     AccessFailed,
@@ -38,14 +37,18 @@ from guestfault.softkvm.refusal import (
     Retry,
 )
 from guestfault.softkvm.srcu import srcu_cond_resched
-from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION
+from guestfault.softkvm.vmcb import INTERCEPT_EXCEPTION, VMEXIT_INVALID
 from guestfault.uapi import kvm as uapi
 
 __all__ = ["kvm_arch_vcpu_ioctl_run"]
 
 
 def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu) -> int:
-    """Finish the last exit, then run; ``immediate_exit`` stops in between."""
+    """Finish the last exit, then run; ``immediate_exit`` stops in between.
+
+    That is read once, as KVM_RUN begins (``vcpu->wants_to_run``, since Linux 6.11; before, it was
+    read in between).  What comes later is a signal, and sets exit_reason.
+    """
     kvm_run_begin(vcpu)
     if vcpu.mp_state == uapi.KVM_MP_STATE_UNINITIALIZED:
         return _wait_for_init(vcpu)
@@ -57,16 +60,14 @@ def kvm_arch_vcpu_ioctl_run(vcpu: KvmVcpu) -> int:
         r = _handled(vcpu, complete)
         if r <= 0:
             return r
-        preemption_point("kvm_arch_vcpu_ioctl_run: look at immediate_exit", vcpu.shared)
-    if vcpu.run.immediate_exit:
-        kvm_check_request(vcpu, Request.SIGNAL)
+    if not vcpu.wants_to_run:
         return -errno.EINTR  # exit_reason is left as it was, as in the kernel
     return vcpu_run(vcpu)
 
 
 def _wait_for_init(vcpu: KvmVcpu) -> int:
     """An application processor sleeps until another starts it: here, until userspace does."""
-    if not vcpu.run.immediate_exit:
+    if vcpu.wants_to_run:
         kvm_vcpu_block(vcpu)
         if not kvm_check_request(vcpu, Request.SIGNAL):
             return -errno.EAGAIN
@@ -191,6 +192,7 @@ def _fetched_ahead(vcpu: KvmVcpu) -> bool:
 def _handle_exit(vcpu: KvmVcpu, stop: Stop) -> int:
     vcpu.refresh_cpl()
     code = stop.code
+    vcpu.exit_code = code if stop.kind is StopKind.INTERCEPT else VMEXIT_INVALID
     match stop.kind:
         case StopKind.PLANTED:
             return _handled(vcpu, lambda: _planted(vcpu))
@@ -217,7 +219,7 @@ def _handled(vcpu: KvmVcpu, handler: Callable[[], int]) -> int:
     except AccessFailed as failed:
         if isinstance(failed.refusal, Emulate):
             text = f"memory at {failed.refusal.gpa:#x} is not in a slot"
-            return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text)
+            return internal_error(vcpu, uapi.KVM_INTERNAL_ERROR_EMULATION, text, failed.refusal)
         return _after(vcpu, failed.refusal)
 
 

@@ -78,6 +78,8 @@ __all__ = [
     "NP_VECTOR",
     "OF_VECTOR",
     "PFERR_FETCH_MASK",
+    "PFERR_GUEST_FINAL_MASK",
+    "PFERR_GUEST_PAGE_MASK",
     "PFERR_PK_MASK",
     "PFERR_PRESENT_MASK",
     "PFERR_RSVD_MASK",
@@ -243,6 +245,9 @@ PFERR_RSVD_MASK: Final = 1 << 3
 PFERR_FETCH_MASK: Final = 1 << 4
 PFERR_PK_MASK: Final = 1 << 5
 PFERR_SS_MASK: Final = 1 << 6
+# Of a nested page fault only (AMD64 APM volume 2, "Nested Paging").
+PFERR_GUEST_FINAL_MASK: Final = 1 << 32  # the access itself, its address translated
+PFERR_GUEST_PAGE_MASK: Final = 1 << 33  # the walk of the guest's page tables
 
 
 def describe_error_code(error_code: int) -> str:

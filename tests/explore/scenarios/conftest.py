@@ -52,7 +52,9 @@ class Director:
             self._at[self.current] = name
             self._hub.switch()
 
-    def wait(self, name: str, shared: Hashable, until: Callable[[], bool]) -> None:
+    def wait(
+        self, name: str, shared: Hashable, until: Callable[[], bool], acts: bool = False
+    ) -> None:
         me = self.current
         assert me is not None
         while not until():
