@@ -97,7 +97,10 @@ def test_several_requests_are_in_flight_on_one_connection(source, server, conten
     for thread in threads:
         thread.join()
     assert {page: content[page * 4096 :][:4096] for page in range(32)} == got
-    assert server.stats() == {"connections": 1, "requests": 32, "most": 4}
+    stats = server.stats()
+    assert (stats["connections"], stats["requests"]) == (1, 32)
+    # The next request may be in before the server has counted that it answered the last.
+    assert 2 <= stats["most"] <= 8
 
 
 @pytest.mark.parametrize("how", ["aligned 1 4096", "aligned 4096 4096", "aligned 4096 8192"])
