@@ -39,6 +39,7 @@ __all__ = ["HEAD_OFFSET", "OverwriteRing", "QueueRing"]
 HEAD_OFFSET: Final[int] = uapi.perf_event_mmap_page.data_head.offset
 
 _HEADER: Final = 8
+_ALIGN: Final = 8  # of every record: the kernel rounds its size up
 _HEAD: Final = HEAD_OFFSET // 8
 _TAIL: Final = uapi.perf_event_mmap_page.data_tail.offset // 8
 _U64: Final = (1 << 64) - 1
@@ -91,7 +92,7 @@ class QueueRing(_Ring):
             offset = tail & self._mask
             size = self._halfwords[offset + 6 >> 1]
             # The kernel writes no such size.  What is left cannot be told apart, so none of it is.
-            if not _HEADER <= size <= head - tail:
+            if not _HEADER <= size <= head - tail or size % _ALIGN:
                 break
             record = self._record(offset, size)
             if int.from_bytes(record[:4], "little") == uapi.PERF_RECORD_LOST:
@@ -123,7 +124,7 @@ class OverwriteRing(_Ring):
         while left >= _HEADER:
             offset = at & self._mask
             size = halfwords[offset + 6 >> 1]
-            if not _HEADER <= size <= left:  # the oldest, partly overwritten
+            if not _HEADER <= size <= left or size % _ALIGN:  # the oldest, partly overwritten
                 return
             if offset + size <= ring:
                 yield data, offset
