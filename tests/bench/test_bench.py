@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from contextlib import closing
 
 import pytest
@@ -11,7 +10,6 @@ from guestfault.bench.experiment import run_once
 from guestfault.bench.paging import as_json, as_text, measure
 from guestfault.bench.ping_pong import ping_pong
 from guestfault.bench.plain import PlainEngine
-from guestfault.bench.plot import Line, svg
 from guestfault.bench.prediction import CalibrationError, calibrate, rates_of
 from guestfault.bench.shape import Fault, Shape, Uffds, Way
 from guestfault.errors import Unavailable
@@ -121,20 +119,3 @@ def test_what_is_no_measurement_is_refused(measured) -> None:
 def test_one_way_alone_does_not_calibrate() -> None:
     with pytest.raises(CalibrationError, match="both ways"):
         calibrate({("exit", 1): 1e4})
-
-
-def test_a_plot_has_every_point_inside_it() -> None:
-    lines = [
-        Line("published <exits>", [(1, 340e3), (256, 4012e3)], dashed=True),
-        Line("measured", [(1, 20e3), (2, 38e3)], spreads=[(18e3, 21e3), (36e3, 39e3)]),
-    ]
-    root = ET.fromstring(svg("title & more", lines))
-    space = "{http://www.w3.org/2000/svg}"
-    circles = root.findall(f"{space}circle")
-    assert len(circles) == 4
-    assert all(80 <= float(c.attrib["cx"]) <= 600 for c in circles)
-    assert all(40 <= float(c.attrib["cy"]) <= 500 for c in circles)
-    texts = [t.text for t in root.findall(f"{space}text")]
-    assert "published <exits>" in texts
-    with pytest.raises(ValueError, match="nothing"):
-        svg("empty", [])

@@ -49,7 +49,8 @@ def test_what_was_measured_can_be_predicted_from(need_uffd, tmp_path: Path) -> N
     ("words", "says"),
     [
         (["paging", "--kvm", "soft", "--loop", "compiled"], "Python itself"),
-        (["paging", "--plot", "a.png"], "only SVG"),
+        (["paging", "--plot", "a.pdf"], "ends with .svg or .png"),
+        (["scale", "--plot", "/nowhere/a.svg"], "/nowhere/a.svg: No such file or directory"),
         (["paging", "--vcpus", "0"], "not a positive number"),
         (["scale", "--measured", "/nowhere.json"], "/nowhere.json"),
     ],

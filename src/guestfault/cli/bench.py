@@ -12,7 +12,7 @@ from typing import Any
 from guestfault.bench.experiment import Engine
 from guestfault.bench.paging import Summary, as_json, as_text, measure
 from guestfault.bench.plain import PlainEngine
-from guestfault.bench.plot import Line, svg
+from guestfault.bench.plot import FORMATS, Line, draw, require_matplotlib
 from guestfault.bench.prediction import calibrate, rates_of
 from guestfault.bench.scale import comparison, predicted, prediction
 from guestfault.bench.shape import Fault, Shape, Uffds, Way
@@ -88,13 +88,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.plot is not None:
+        require_matplotlib()
     status: int = args.bench(args)
     return status
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plot", type=_svg, metavar="FILE.svg", help="rate against vCPUs, and the published points"
+        "--plot",
+        type=_plot_file,
+        metavar="FILE.svg|png",
+        help="rate against vCPUs, and the published points; takes matplotlib",
     )
 
 
@@ -113,7 +118,7 @@ def _paging(args: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2) if args.json else as_text(system, engine, summaries))
         if args.plot is not None:
             title = f"Demand paging on {system.name}, {engine.name}"
-            _write(args.plot, svg(title, [*_published(), *_measured(summaries)]))
+            _draw(args.plot, title, [*_published(), *_measured(summaries)])
     return 0
 
 
@@ -132,7 +137,7 @@ def _scale(args: argparse.Namespace) -> int:
             lines.append(Line(f"{name}, measured here", points))
             lines.append(Line(f"{name}, predicted", predicted(costs, way, layout), dashed=True))
     if args.plot is not None:
-        _write(args.plot, svg("Demand paging by number of vCPUs", lines))
+        _draw(args.plot, "Demand paging by number of vCPUs", lines)
     return 0
 
 
@@ -201,20 +206,18 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _write(path: Path, text: str) -> None:
+def _draw(path: Path, title: str, lines: list[Line]) -> None:
     try:
-        path.write_text(text)
+        draw(path, title, lines)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     _say(f"guestfault: wrote {path}")
 
 
-def _svg(text: str) -> Path:
+def _plot_file(text: str) -> Path:
     path = Path(text)
-    if path.suffix != ".svg":
-        raise argparse.ArgumentTypeError(
-            f"{text}: only SVG is written (rsvg-convert, or any browser, makes a PNG of it)"
-        )
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text}: a plot's name ends with {' or '.join(FORMATS)}")
     return path
 
 
