@@ -36,7 +36,11 @@ class Line:
 def require_matplotlib() -> None:
     """Raises :class:`~guestfault.errors.Unavailable` without it: before the work, not after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise Unavailable("--plot", "matplotlib draws it", "pip install 'guestfault[plot]'")
+        raise Unavailable(
+            "--plot",
+            "matplotlib, which draws it, is not installed",
+            "pip install 'guestfault[plot]'",
+        )
 
 
 def draw(path: Path, title: str, lines: Sequence[Line]) -> None:
