@@ -20,6 +20,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 ROOMS = (
     "",
     "errors",
+    "closing",
     "uapi",
     "dialect",
     "x86",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from guestfault.bench.guest import header, layout_for
 from guestfault.bench.shape import Fault, Shape, Uffds, Way
+from guestfault.closing import Closing
 from guestfault.guest.boot import entry_state
 from guestfault.guest.layout import PAGE_SIZE
 from guestfault.kvm.protocols import System, Vcpu
@@ -31,7 +30,7 @@ class Share:
     uffd: Userfaultfd
 
 
-class Machine:
+class Machine(Closing):
     """A VM of ``shape`` on ``system``, ready to run; a context manager.
 
     Code and page tables are present; every data page is absent.  Raises
@@ -110,14 +109,3 @@ class Machine:
     def close(self) -> None:
         """Release everything."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

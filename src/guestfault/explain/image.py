@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NamedTuple
 
+from guestfault.closing import Closing
 from guestfault.explain.errors import ExplainError
 
 __all__ = ["MemoryImage"]
@@ -31,7 +31,7 @@ class _Piece(NamedTuple):
 
 
 @dataclass
-class MemoryImage:
+class MemoryImage(Closing):
     """An open image; ``read`` gives guest physical memory.  Use it as a context manager."""
 
     path: str
@@ -80,15 +80,8 @@ class MemoryImage:
         data = self.read(gpa, size)
         return None if data is None else int.from_bytes(data, "little")
 
-    def __enter__(self) -> MemoryImage:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         os.close(self.fd)
 
 

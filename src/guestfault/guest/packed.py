@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
+from guestfault.closing import Closing
 from guestfault.guest.manifest import Manifest
 from guestfault.guest.replace import replacing_file
 from guestfault.guest.snapshot import (
@@ -42,7 +42,7 @@ __all__ = ["OpenSnapshot", "open_snapshot", "pack", "unpack"]
 _SPLIT: Final = "it is the memory of another snapshot: its manifest gives another digest"
 
 
-class OpenSnapshot:
+class OpenSnapshot(Closing):
     """A snapshot, and the source of its memory, which is closed with it."""
 
     def __init__(
@@ -56,17 +56,6 @@ class OpenSnapshot:
     def close(self) -> None:
         """Close the source."""
         close(self.source)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_snapshot(

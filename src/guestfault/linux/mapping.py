@@ -22,9 +22,9 @@ import errno
 import functools
 import weakref
 from mmap import PAGESIZE
-from types import TracebackType
 from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.errors import Unavailable
 from guestfault.linux.ioctl import call, check, libc
 from guestfault.linux.memfd import Memfd
@@ -100,7 +100,7 @@ def _kernel_can_populate() -> bool:
         return call(_madvise, page.address, page.size, uapi.MADV_POPULATE_READ) == 0
 
 
-class Mapping:
+class Mapping(Closing):
     """A mapped range that we own: ``size`` bytes at ``address``, unmapped by :meth:`close` only.
 
     Made by :meth:`from_memfd` and :meth:`anonymous`.  Offsets are in bytes from its start.  Offsets
@@ -297,14 +297,3 @@ class Mapping:
                 f"{offset:#x}+{size:#x} is not inside a mapping of {self.size:#x} bytes"
             )
         return self.address + offset
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

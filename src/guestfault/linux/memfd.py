@@ -16,9 +16,9 @@ import ctypes
 import fcntl
 import os
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Protocol, Self
 
+from guestfault.closing import Closing
 from guestfault.errors import KernelError
 from guestfault.linux.ioctl import call, check, libc
 from guestfault.linux.mmu_notifier import invalidating
@@ -46,7 +46,7 @@ class MappedRange(Protocol):
         """Offset in the file of the first byte."""
 
 
-class Memfd:
+class Memfd(Closing):
     """A file of ``size`` bytes that exists only in memory.  ``name`` shows in ``/proc/PID/maps``.
 
     ``huge_page_size`` (bytes, a power of two such as ``2 << 20``) takes the pages from that hugetlb
@@ -144,14 +144,3 @@ class Memfd:
             if first < last:
                 shift = m.address - m.offset
                 stack.enter_context(invalidating(first + shift, last + shift))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

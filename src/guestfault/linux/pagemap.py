@@ -20,9 +20,9 @@ import os
 from array import array
 from dataclasses import dataclass, replace
 from mmap import PAGESIZE
-from types import TracebackType
 from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.errors import Unavailable
 from guestfault.uapi import mman as uapi
 
@@ -79,7 +79,7 @@ class PageState:
         )
 
 
-class Pagemap:
+class Pagemap(Closing):
     """An open ``/proc/PID/pagemap``.  Any thread may use it.  Addresses need no alignment.
 
     ``pid`` is a process id or ``"self"``; the descriptor stays with the address space that the
@@ -125,17 +125,6 @@ class Pagemap:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _is_broken(entry: int) -> bool:

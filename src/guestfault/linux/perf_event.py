@@ -17,9 +17,8 @@ import errno
 import mmap
 import os
 from ctypes import addressof
-from types import TracebackType
-from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.errors import KernelError, Unavailable
 from guestfault.linux import procfs
 from guestfault.linux.ioctl import check, ioctl, syscall
@@ -39,7 +38,7 @@ _CAPABILITIES = {"CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21}
 _PARANOID = "kernel.perf_event_paranoid"
 
 
-class PerfEvent:
+class PerfEvent(Closing):
     """One tracepoint on one thread, by its descriptor ``fd``; disabled until :meth:`enable`.
 
     ``thread`` is a thread id, 0 the calling thread.  ``overwrite`` chooses the direction of the
@@ -131,17 +130,6 @@ class PerfEvent:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _map(self, pages: int, prot: int) -> memoryview:
         if self._mapping is not None:

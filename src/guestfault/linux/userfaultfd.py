@@ -31,9 +31,9 @@ import errno
 import os
 from ctypes import byref
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.errors import KernelError, Unavailable
 from guestfault.linux import userfaultfd_open, userfaultfd_ranges
 from guestfault.linux.ioctl import check, ioctl
@@ -85,7 +85,7 @@ def _progress(result: int, field: int) -> Progress:
     return Progress(max(field, 0), -result)
 
 
-class Userfaultfd:
+class Userfaultfd(Closing):
     """An open userfaultfd, past its handshake.  Made by :meth:`open`; any thread may use it.
 
     ``features``: those in force.  ``offered``: all that the kernel has.  ``ioctls``: what the
@@ -273,17 +273,6 @@ class Userfaultfd:
             userfaultfd_ranges.forget(self.fd)
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _handshake(fd: int, features: int) -> tuple[Feature, Ioctl]:

@@ -12,9 +12,7 @@ and the handler that could wake it needs the GIL.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
+from guestfault.closing import Closing
 from guestfault.errors import GuestfaultError
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
@@ -32,7 +30,7 @@ class MemorySizeError(GuestfaultError):
         super().__init__(f"guest memory of {size} bytes: {why}")
 
 
-class GuestRam:
+class GuestRam(Closing):
     """``size`` bytes of guest memory; all of it reads as zeros through the host view until written.
 
     Raises :class:`MemorySizeError` for a size that is not a positive multiple of the page size, and
@@ -66,14 +64,3 @@ class GuestRam:
         self.guest.close()
         self.host.close()
         self._memfd.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

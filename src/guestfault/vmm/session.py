@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.dialect.published import recognise
 from guestfault.dialect.record import Dialect
@@ -62,7 +61,7 @@ class Mode(StrEnum):
     UFFD = "uffd"  # the vCPU's thread sleeps, and a handler's thread does it
 
 
-class Session:
+class Session(Closing):
     """One VM of ``snapshot`` on ``system``, its pages brought in from ``source``.
 
     The session takes the source's bytes to be the snapshot's memory and leaves both, and the
@@ -359,14 +358,3 @@ class Session:
         """Release the VM and its memory.  Not while :meth:`run` is under way."""
         while self._undo:
             self._undo.pop()()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -38,9 +38,9 @@ import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import get_ident
-from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from guestfault.closing import Closing
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.errors import Unavailable
 from guestfault.linux.perf_event import RAW_OFFSET, PerfEvent
@@ -218,7 +218,7 @@ def _formats(tracefs: Tracefs) -> dict[str, EventFormat]:
     return found
 
 
-class RunTrace:
+class RunTrace(Closing):
     """The trace of the calling thread's runs, from now on until :meth:`close`.
 
     ``tracefs`` is where the events are described.  ``pages``, a power of two, is the size of the
@@ -276,14 +276,3 @@ class RunTrace:
     def close(self) -> None:
         """Stop listening.  May be called again."""
         self._events.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

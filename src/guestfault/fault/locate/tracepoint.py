@@ -20,9 +20,8 @@ and costs the thread one short record at each beginning and end that it passes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
+from guestfault.closing import Closing
 from guestfault.fault.access import Access, FoundBy
 from guestfault.fault.locate.probe_guest import meanings
 from guestfault.fault.locate.run_trace import RunTrace
@@ -45,7 +44,7 @@ def gpa_from(vcpu: Vcpu) -> Callable[[int], int | None]:
     return translate
 
 
-class TracepointLocator:
+class TracepointLocator(Closing):
     """Listens to the calling thread's runs, of vCPUs of ``system``, until :meth:`close`.
 
     ``translate`` turns a gva into its gpa, or ``None``; it is asked only on hosts whose records
@@ -104,14 +103,3 @@ class TracepointLocator:
     def close(self) -> None:
         """Stop listening.  May be called again."""
         self.trace.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
