@@ -22,8 +22,6 @@ import stat
 from guestfault.paging.source.base import PageSource, SourceError, close
 from guestfault.paging.source.blocks import CachedSource
 from guestfault.paging.source.file import FileSource
-from guestfault.paging.source.http import HttpSource, without_secrets
-from guestfault.paging.source.nbd import NbdSource
 from guestfault.paging.source.resilient import Patience, ResilientSource
 from guestfault.paging.source.zstd import PackedSource, is_packed
 
@@ -39,7 +37,11 @@ def is_url(where: str) -> bool:
 
 def name_of(where: str) -> str:
     """As it may be shown: without what is secret in a URL."""
-    return without_secrets(where) if where.lower().startswith(("http:", "https:")) else where
+    if not where.lower().startswith(("http:", "https:")):
+        return where
+    from guestfault.paging.source.http import without_secrets
+
+    return without_secrets(where)
 
 
 def open_bytes(
@@ -64,10 +66,15 @@ def open_bytes(
             os.close(fd)
             raise error.at(0, 0, f"{where}: ") from None
     scheme = where.partition(":")[0].lower()
+    # Loaded only for who needs them: sockets, TLS and HTTP take longer than all the other sources.
     match scheme:
         case "http" | "https":
+            from guestfault.paging.source.http import HttpSource
+
             return ResilientSource(HttpSource(where, timeout), patience)
         case "nbd" | "nbd+unix":
+            from guestfault.paging.source.nbd import NbdSource
+
             return ResilientSource(NbdSource(where, timeout), patience)
     known = "use http, https, nbd or nbd+unix"
     raise SourceError(0, 0, f"{name_of(where)}: no pages can be had by {scheme}; {known}")

@@ -105,13 +105,6 @@ class PackedSource(SourceUpon):
             self._inner.read_into(offset, view)
         return bytes(content)
 
-    @property
-    def stored_blocks(self) -> int:
-        """How many blocks are not all zeros."""
-        return sum(
-            not self._index.entry(n).is_zero for n in range(-(-self.size // self.block_size))
-        )
-
 
 def is_packed(source: PageSource) -> bool:
     """Whether a source is the file of a packed snapshot, to judge by its beginning."""
