@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import select
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from guestfault.fault.locate.tracepoint import TracepointLocator, gpa_from
 from guestfault.fault.outcome import BareFault, MemoryFault, outcome
 from guestfault.guest.layout import PAGE_SIZE
 from guestfault.kvm.protocols import System
+from guestfault.linux.readable import readable
 from guestfault.linux.userfaultfd import PageFault, Userfaultfd
 from guestfault.paging.histogram import LatencyHistogram
 
@@ -132,13 +132,7 @@ class PlainReader:
 
     def serve(self) -> None:
         """See :class:`~guestfault.bench.experiment.Reader`."""
-        poll = select.poll()
-        poll.register(self._uffd.fileno(), select.POLLIN)
-        poll.register(self._stop_fd, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._stop_fd in ready:
-                return
+        for _ in readable(self._uffd.fileno(), self._stop_fd):
             began = time.perf_counter_ns()
             for event in self._uffd.read_events():
                 if isinstance(event, PageFault):

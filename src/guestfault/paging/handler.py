@@ -12,11 +12,11 @@ slept in inaccessible and wakes the sleepers into an access that fails.
 from __future__ import annotations
 
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from guestfault.linux.readable import readable
 from guestfault.linux.userfaultfd import PageFault
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.view import Registered
@@ -103,13 +103,7 @@ class UserfaultHandler:
     def _serve(self) -> None:
         for fault in tuple(self._unserved.values()):
             self._resolve(fault, time.perf_counter_ns())
-        poll = select.poll()
-        poll.register(self._view.uffd.fileno(), select.POLLIN)
-        poll.register(self._stop_fd, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._stop_fd in ready:
-                return
+        for _ in readable(self._view.uffd.fileno(), self._stop_fd):
             began = time.perf_counter_ns()
             for fault in self._read_faults():
                 self._resolve(fault, began)
