@@ -12,7 +12,7 @@ something else, is met as nearly as can be; the prediction shows both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -80,34 +80,20 @@ def calibrate(rates: Rates, layout: Layout = Layout.SHARED) -> Costs:
         raise CalibrationError("it takes the rates of both ways at 1 vCPU") from None
     # What is measured must leave room for the part of it that is taken over.
     costs = replace(PUBLISHED_MACHINE, exit_alone=max(exit_alone, PUBLISHED_MACHINE.space_each))
-    costs = _solve(
-        lambda factor: replace(
-            costs, **{name: getattr(PUBLISHED_MACHINE, name) * factor for name in _ALONE_UFFD}
-        ),
-        Way.UFFD,
-        1,
-        layout,
-        uffd,
-    )
-    if ("exit", 2) in rates:
-        alone = costs
-        costs = _solve(
-            lambda factor: replace(alone, exit_shared=PUBLISHED_MACHINE.exit_shared * factor),
-            Way.EXITS,
-            2,
-            layout,
-            rates["exit", 2],
-        )
-    if ("uffd", 2) in rates:
-        one = costs
-        costs = _solve(
-            lambda factor: replace(one, space_near=PUBLISHED_MACHINE.space_near * factor),
-            Way.UFFD,
-            2,
-            layout,
-            rates["uffd", 2],
-        )
+    costs = _solve(_scaled(costs, _ALONE_UFFD), Way.UFFD, 1, layout, uffd)
+    for key, way, name in (
+        ("exit", Way.EXITS, "exit_shared"),
+        ("uffd", Way.UFFD, "space_near"),
+    ):
+        if (key, 2) in rates:
+            costs = _solve(_scaled(costs, (name,)), way, 2, layout, rates[key, 2])
     return costs
+
+
+def _scaled(costs: Costs, names: Iterable[str]) -> Callable[[float], Costs]:
+    """``costs``, but those named are the published machine's times a factor."""
+    published = {name: getattr(PUBLISHED_MACHINE, name) for name in names}
+    return lambda factor: replace(costs, **{n: cost * factor for n, cost in published.items()})
 
 
 def _solve(

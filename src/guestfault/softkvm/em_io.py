@@ -28,6 +28,7 @@ from guestfault.softkvm.guest_access import kvm_read_guest_virt_helper
 from guestfault.softkvm.kvm_host import KvmVcpu
 from guestfault.softkvm.refusal import GuestException
 from guestfault.uapi import kvm as uapi
+from guestfault.x86.addressing import SEGMENT_NAMES
 from guestfault.x86.registers import (
     CR0_PE,
     GP_VECTOR,
@@ -220,15 +221,22 @@ class _StringIo:
             _retire(self.vcpu)
 
 
-def _em_outs(vcpu: KvmVcpu, size: int) -> X86Emul:
-    ctxt = vcpu.emulate_ctxt
-    io = _StringIo(vcpu, size, "rsi", 1)
-    if not _permitted(vcpu, io.port, size):
+def _settled(vcpu: KvmVcpu, io: _StringIo) -> X86Emul | None:
+    """What comes of it if nothing is to be moved; ``None``: something is."""
+    if not _permitted(vcpu, io.port, io.size):
         return X86Emul.PROPAGATE_FAULT
     if io.repeat and not io.count:
         _retire(vcpu)
         return _CONTINUE
-    data = Operands(vcpu).read(io.linear(_segment_name(io.insn)), size)
+    return None
+
+
+def _em_outs(vcpu: KvmVcpu, size: int) -> X86Emul:
+    ctxt = vcpu.emulate_ctxt
+    io = _StringIo(vcpu, size, "rsi", 1)
+    if (settled := _settled(vcpu, io)) is not None:
+        return settled
+    data = Operands(vcpu).read(io.linear(SEGMENT_NAMES[io.insn.memory_segment]), size)
     if data is None:
         return ctxt.rc
     exit_io(vcpu, io.port, size, 1, data)
@@ -240,11 +248,8 @@ def _em_outs(vcpu: KvmVcpu, size: int) -> X86Emul:
 def _em_ins(vcpu: KvmVcpu, size: int) -> X86Emul:
     ctxt = vcpu.emulate_ctxt
     io = _StringIo(vcpu, size, "rdi", 0)
-    if not _permitted(vcpu, io.port, size):
-        return X86Emul.PROPAGATE_FAULT
-    if io.repeat and not io.count:
-        _retire(vcpu)
-        return _CONTINUE
+    if (settled := _settled(vcpu, io)) is not None:
+        return settled
     if not _pio_in_emulated(vcpu, io):
         return X86Emul.IO_NEEDED
     # Forwards, all that was read goes to memory in one write.
@@ -281,17 +286,3 @@ def _address_mask(insn: iced_x86.Instruction, memory_op: int) -> int:
     if kind in (OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_ESRDI):
         return _U64
     return 0xFFFFFFFF if kind in (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI) else 0xFFFF
-
-
-_SEGMENT_NAMES = {
-    Register.ES: "es",
-    Register.CS: "cs",
-    Register.SS: "ss",
-    Register.DS: "ds",
-    Register.FS: "fs",
-    Register.GS: "gs",
-}
-
-
-def _segment_name(insn: iced_x86.Instruction) -> str:
-    return _SEGMENT_NAMES[insn.memory_segment]

@@ -17,7 +17,7 @@ from guestfault.x86.memory_access import AccessKind, MemoryAccess, Role
 from guestfault.x86.segments import Segment
 from guestfault.x86.state import CpuState
 
-__all__ = ["CodeContext", "Operand", "ReadMemory", "sign_extend"]
+__all__ = ["SEGMENT_NAMES", "CodeContext", "Operand", "ReadMemory", "sign_extend"]
 
 #: Reads ``size`` bytes of guest memory at a linear address; None where they cannot be had.
 ReadMemory = Callable[[int, int], bytes | None]
@@ -29,7 +29,8 @@ _BITS: dict[int, int] = {CodeSize.CODE16: 16, CodeSize.CODE32: 32, CodeSize.CODE
 #: In 64-bit mode the other segments have no base.
 _BASED = {Register.FS, Register.GS}
 
-_SEGMENT_NAMES: dict[int, str] = {
+#: iced's register -> the segment, by the name it has in kvm_sregs.
+SEGMENT_NAMES: dict[int, str] = {
     Register.ES: "es",
     Register.CS: "cs",
     Register.SS: "ss",
@@ -112,7 +113,7 @@ class CodeContext:
 
     def segment(self, register: int) -> Segment:
         """The segment register that iced names so."""
-        segment: Segment = getattr(self.state, _SEGMENT_NAMES.get(register, "ds"))
+        segment: Segment = getattr(self.state, SEGMENT_NAMES.get(register, "ds"))
         return segment
 
     def selector(self, register: int) -> int | None:
