@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from guestfault.errors import Unavailable
 from guestfault.linux.tracefs import Tracefs
+from guestfault.linux.userfaultfd import Userfaultfd
 
 # The same examples each time where a failure must mean that the change is at fault; everywhere
 # else new ones, which is how faults are found.
@@ -142,3 +144,28 @@ def serve() -> Iterator[Callable[..., Server]]:
     yield start
     for server in servers:
         server.kill()
+
+
+@pytest.fixture
+def resources() -> Callable[[], dict[str, int]]:
+    """How many descriptors, mappings and threads this process has."""
+
+    def count() -> dict[str, int]:
+        with open("/proc/self/maps") as maps:
+            mappings = sum(1 for _ in maps)
+        return {
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "mappings": mappings,
+            "threads": len(os.listdir("/proc/self/task")),
+        }
+
+    return count
+
+
+@pytest.fixture
+def need_uffd() -> None:
+    """Skips where no userfaultfd handles faults inside the kernel."""
+    try:
+        Userfaultfd.open().close()
+    except Unavailable as error:
+        pytest.skip(str(error))

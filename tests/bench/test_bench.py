@@ -16,7 +16,6 @@ from guestfault.errors import Unavailable
 from guestfault.fault.locate.run_trace import RunTrace
 from guestfault.kvm.system import KvmSystem
 from guestfault.linux.tracefs import Tracefs
-from guestfault.linux.userfaultfd import Userfaultfd
 from guestfault.scale.costs import PUBLISHED_MACHINE
 from guestfault.scale.model import Way as ModelWay
 from guestfault.scale.model import pages_per_second
@@ -24,14 +23,6 @@ from guestfault.softkvm.system import SoftSystem
 
 pytestmark = pytest.mark.timeout(120)
 PAGES = 200
-
-
-@pytest.fixture
-def need_uffd() -> None:
-    try:
-        Userfaultfd.open().close()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 def plain(system: SoftSystem) -> PlainEngine:

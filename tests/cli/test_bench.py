@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from guestfault.errors import Unavailable
-from guestfault.linux.userfaultfd import Userfaultfd
-
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -20,14 +17,6 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     script = "import sys; from guestfault.cli.main import main; sys.exit(main())"
     command[1:3] = ["-c", script]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
-@pytest.fixture
-def need_uffd() -> None:
-    try:
-        Userfaultfd.open().close()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 def test_what_was_measured_can_be_predicted_from(need_uffd, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ only.
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import threading
 import time
@@ -365,19 +364,3 @@ def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
 def until() -> Callable[..., None]:
     """:func:`wait_until`."""
     return wait_until
-
-
-@pytest.fixture
-def resources() -> Callable[[], dict[str, int]]:
-    """How many descriptors, mappings and threads this process has."""
-
-    def count() -> dict[str, int]:
-        with open("/proc/self/maps") as maps:
-            mappings = sum(1 for _ in maps)
-        return {
-            "descriptors": len(os.listdir("/proc/self/fd")),
-            "mappings": mappings,
-            "threads": len(os.listdir("/proc/self/task")),
-        }
-
-    return count

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from guestfault.errors import Unavailable
+from guestfault.fault.locate.run_trace import RunTrace
 from guestfault.guest.layout import Layout
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.snapshot import Snapshot, build
 from guestfault.guest.walk import Walk
 from guestfault.kvm.protocols import System
 from guestfault.kvm.system import KvmSystem
+from guestfault.linux.tracefs import Tracefs
 from guestfault.linux.userfaultfd import Userfaultfd
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.paging.source.file import FileSource
@@ -113,3 +115,14 @@ def layout_of() -> Callable[[Snapshot], Layout]:
         return Layout(snapshot.memory_size, snapshot.guest.mode, len(snapshot.vcpus))
 
     return layout
+
+
+@pytest.fixture
+def traced(tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch) -> Tracefs:
+    """This machine's tracefs is found, and this process may listen to KVM's events."""
+    try:
+        RunTrace(tracefs).close()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(Tracefs, "find", lambda: tracefs)
+    return tracefs

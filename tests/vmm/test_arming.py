@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from guestfault.errors import Unavailable
-from guestfault.fault.locate.run_trace import RunTrace
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.walk import Walk
 from guestfault.linux.tracefs import Tracefs
@@ -15,17 +14,6 @@ from guestfault.vmm.report import report
 from guestfault.vmm.session import Session
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def traced(tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch) -> Tracefs:
-    """This machine's tracefs is found, and this process may listen to KVM's events."""
-    try:
-        RunTrace(tracefs).close()
-    except Unavailable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(Tracefs, "find", lambda: tracefs)
-    return tracefs
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ from dataclasses import replace
 import pytest
 
 from guestfault.errors import Unavailable
-from guestfault.fault.locate.run_trace import RunTrace
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.walk import Walk
 from guestfault.linux.mapping import Mapping
-from guestfault.linux.tracefs import Tracefs
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.paging.source.base import SourceError, close
 from guestfault.paging.source.file import FileSource
@@ -24,16 +22,6 @@ from guestfault.vmm.session import Mode, Session
 
 MIB = 1 << 20
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-def traced(tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch) -> Tracefs:
-    try:
-        RunTrace(tracefs).close()
-    except Unavailable as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(Tracefs, "find", lambda: tracefs)
-    return tracefs
 
 
 @pytest.fixture
