@@ -9,7 +9,14 @@ from guestfault.errors import GuestfaultError
 from guestfault.paging.source.location import DEFAULT_TIMEOUT
 from guestfault.paging.source.resilient import FOREVER, Patience
 
-__all__ = ["UsageError", "add_source_arguments", "patience_of", "size_of", "window_of"]
+__all__ = [
+    "UsageError",
+    "add_source_arguments",
+    "patience_of",
+    "positive_number",
+    "size_of",
+    "window_of",
+]
 
 _WIDEST_WINDOW = 512  # pages
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -62,6 +69,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def patience_of(args: argparse.Namespace) -> Patience:
     """What :func:`add_source_arguments` declared."""
     return Patience(wait=args.source_wait)
+
+
+def positive_number(text: str) -> int:
+    """One or more, in decimal digits; for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a positive number")
+    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -16,6 +16,8 @@ from guestfault.bench.plot import FORMATS, Line, draw, require_matplotlib
 from guestfault.bench.prediction import calibrate, rates_of
 from guestfault.bench.scale import comparison, predicted, prediction
 from guestfault.bench.shape import Fault, Shape, Uffds, Way
+from guestfault.cli.arguments import positive_number
+from guestfault.cli.transient import transient
 from guestfault.dialect.published import recognise
 from guestfault.errors import GuestfaultError, Unavailable
 from guestfault.kvm.protocols import System
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vcpus", type=_numbers, default=(1, 2), metavar="N,...", help="default 1,2"
     )
     paging.add_argument(
-        "--memory", type=_positive, default=64, metavar="MiB", help="of each vCPU, default 64"
+        "--memory", type=positive_number, default=64, metavar="MiB", help="of each vCPU, default 64"
     )
     paging.add_argument("--way", choices=[way.value for way in Way], help="only this one")
     paging.add_argument(
@@ -65,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     paging.add_argument(
         "--readers",
-        type=_positive,
+        type=positive_number,
         metavar="N",
         help="threads that read each userfaultfd (default: one for each vCPU that it has)",
     )
-    paging.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default 5")
+    paging.add_argument("--rounds", type=positive_number, default=5, metavar="N", help="default 5")
     paging.add_argument("--json", action="store_true", help="the result as JSON")
     _add_plot(paging)
 
@@ -112,8 +114,8 @@ def _paging(args: argparse.Namespace) -> int:
             _say(f"guestfault: using {system.name}: {choice.why}")
         engine = _engine(Loop(args.loop), choice)
         shapes = [_shape(args, way, n) for n in args.vcpus for way in _ways(args)]
-        summaries = measure(system, engine, shapes, args.rounds, _progress)
-        _progress("")
+        summaries = measure(system, engine, shapes, args.rounds, transient)
+        transient("")
         result = as_json(system, engine, summaries)
         print(json.dumps(result, indent=2) if args.json else as_text(system, engine, summaries))
         if args.plot is not None:
@@ -221,21 +223,9 @@ def _plot_file(text: str) -> Path:
     return path
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a positive number")
-    return int(text)
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in text.split(",")}))
+    return tuple(sorted({positive_number(part) for part in text.split(",")}))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _progress(text: str) -> None:
-    """Show a line that the next output replaces, if a person watches."""
-    if sys.stderr.isatty():
-        print(f"\r{text:60}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)

@@ -7,11 +7,12 @@ if anything differs; with ``--differential``, 1 if anything differs that has no 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from guestfault.cli.arguments import positive_number
+from guestfault.cli.transient import transient
 from guestfault.conform.case import Case, matching
 from guestfault.conform.compare import against
 from guestfault.conform.differential import disagreements, matching_soft
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold each real KVM against the software one that claims to be like it",
     )
     parser.add_argument(
-        "--repeat", type=_positive, default=1, metavar="N", help="run each case N times"
+        "--repeat", type=positive_number, default=1, metavar="N", help="run each case N times"
     )
     parser.add_argument(
         "--hostile",
@@ -241,7 +242,6 @@ class _Progress:
 
     def __init__(self, tell: bool) -> None:
         self._tell = tell
-        self._watched = sys.stderr.isatty() and not tell
         self._name, self._done, self._total = "", 0, 0
 
     def begin(self, name: str, total: int) -> None:
@@ -265,17 +265,13 @@ class _Progress:
                 self._show(name)
 
     def _show(self, what: str) -> None:
-        if self._watched:
-            text = f"{self._name}: {self._done} of {self._total}; {what}"
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r{text[:width]:{width}}")
-            sys.stderr.flush()
+        if not self._tell:
+            transient(f"{self._name}: {self._done} of {self._total}; {what}")
 
     def clear(self) -> None:
         """Leave nothing of it."""
-        if self._watched:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        if not self._tell:
+            transient("")
 
 
 # -- the differential ----------------------------------------------------------------------------
@@ -298,9 +294,3 @@ def _differential(document: Document, cases: Sequence[Case], args: argparse.Name
         print(as_disagreements(column, real, found), end="")
         open_cases += sum(bool(d.open_fields) for d in found)
     return int(open_cases > 0)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
+from guestfault.cli.arguments import positive_number
+from guestfault.cli.transient import transient
 from guestfault.dialect.published import DIALECTS
 from guestfault.dialect.record import Dialect
 from guestfault.errors import GuestfaultError
@@ -47,17 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often a schedule may interrupt a thread that could go on (default: 2)",
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="processes to use (default: 1)"
+        "--jobs", type=positive_number, default=1, metavar="N", help="processes to use (default: 1)"
     )
     parser.add_argument(
         "--limit",
-        type=_positive,
+        type=positive_number,
         metavar="SCHEDULES",
         help="give up on a cell after about so many schedules",
     )
     parser.add_argument(
         "--seconds",
-        type=_positive,
+        type=positive_number,
         metavar="S",
         help="give up on a cell after so long; what is found then depends on the machine",
     )
@@ -103,7 +104,7 @@ def _explore(
     try:
         do_searches(progress.searches, jobs, progress.show)
     finally:
-        progress.clear()
+        transient("")
     for where, search in searches.items():
         cells[where] = cell_of(search)
     return Table(
@@ -118,27 +119,15 @@ class _Progress:
 
     def __init__(self, searches: list[Search]) -> None:
         self.searches = searches
-        self._watched = sys.stderr.isatty()
 
     def show(self, search: Search) -> None:
         """Say how far all searches are; ``search`` has just finished a round."""
-        if not self._watched:
-            return
         done = sum(s.done for s in self.searches)
         schedules = sum(s.tally.schedules for s in self.searches)
-        text = (
+        transient(
             f"{done} of {len(self.searches)} cells, {schedules:,} schedules;"
             f" {search.scenario.name}, {search.dialect.name}"
         )
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r{text[:width]:{width}}")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Leave nothing of it."""
-        if self._watched:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 def _replay(text: str, width: int) -> None:
@@ -184,11 +173,4 @@ def _natural(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number

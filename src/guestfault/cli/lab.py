@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from guestfault.cli.arguments import positive_number
 from guestfault.errors import GuestfaultError
 from guestfault.lab.errors import MachineError
 from guestfault.lab.frames import Kind
@@ -74,10 +75,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default="1",
         help="whether KVM uses nested page tables (default 1) or shadow ones",
     )
-    parser.add_argument("--smp", type=_positive, default=1, metavar="N", help="processors")
+    parser.add_argument("--smp", type=positive_number, default=1, metavar="N", help="processors")
     parser.add_argument(
         "--memory",
-        type=_positive,
+        type=positive_number,
         metavar="MiB",
         help=f"default {MEMORY}; with numba {MEMORY_WITH_NUMBA}",
     )
@@ -137,12 +138,6 @@ def main(args: argparse.Namespace) -> int:
     """Run the command.  ``lab run``: the exit status is the one of the command inside."""
     status: int = args.lab(args)
     return status
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

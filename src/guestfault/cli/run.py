@@ -26,6 +26,7 @@ from guestfault.cli.arguments import (
     size_of,
     window_of,
 )
+from guestfault.cli.transient import transient
 from guestfault.errors import GuestfaultError
 from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.packed import OpenSnapshot, open_snapshot
@@ -152,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         watch = stack.enter_context(_Watch(session, opened.source))
         session.run(watch)
         result = report(session, time.monotonic() - session.began)
-        _transient("")
+        transient("")
         if session.why_plain is not None and any(v.bare >= PAYS_AFTER for v in result.vcpus):
             print(f"guestfault: by the plain loop: {session.why_plain}", file=sys.stderr)
         print(json.dumps(result.as_json(), indent=2) if args.json else as_text(result))
@@ -187,7 +188,7 @@ def _snapshot(args: argparse.Namespace) -> Iterator[OpenSnapshot]:
     size = size_of("--memory", args.memory or DEFAULT_MEMORY)
     with tempfile.TemporaryDirectory(prefix="guestfault-") as scratch:
         path = Path(args.save) if args.save else Path(scratch) / "guest"
-        _transient("making a guest")
+        transient("making a guest")
         try:
             build(
                 path,
@@ -198,7 +199,7 @@ def _snapshot(args: argparse.Namespace) -> Iterator[OpenSnapshot]:
                 args.seed or 0,
             )
         finally:
-            _transient("")
+            transient("")
         with open_snapshot(path) as opened:
             yield opened
 
@@ -221,14 +222,14 @@ class _Watch:
             self._session.stop()
         self._tell_of_the_source()
         done, pages = self._session.pager.pages_in, self._session.ram.pages
-        _transient(f"{done} of {pages} pages in ({100 * done // pages} %)")
+        transient(f"{done} of {pages} pages in ({100 * done // pages} %)")
 
     def _tell_of_the_source(self) -> None:
         """Once when it is waited for, and once when it is back."""
         why = trouble(self._source)
         if self._waiting != (why is not None):
             self._waiting = not self._waiting
-            _transient("")
+            transient("")
             says = "the source is back" if why is None else f"waiting for the source: {why.why}"
             print(f"guestfault: {says}", file=sys.stderr, flush=True)
 
@@ -243,9 +244,3 @@ class _Watch:
 
     def __exit__(self, *_error: object) -> None:
         signal.signal(signal.SIGINT, self._before)
-
-
-def _transient(text: str) -> None:
-    """Show a line that the next output replaces, if a person watches."""
-    if sys.stderr.isatty():
-        print(f"\r{text:60}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)
