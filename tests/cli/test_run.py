@@ -520,7 +520,7 @@ def test_on_a_terminal_progress_is_one_line_that_the_report_replaces(large: Path
     assert process.returncode == 130
     assert re.search(r"\r\d+ of 16384 pages in \(\d+ %\)", text)
     assert "\n" not in text
-    assert text.endswith(" \r")  # wiped
+    assert text.endswith("\r\x1b[K")  # wiped
     assert out.startswith("KVM ")
 
 
