@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -25,6 +28,10 @@ from guestfault.linux.userfaultfd import Userfaultfd
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+# A shell without job control has what it runs in the background ignore this, children included;
+# tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SERVERS = Path(__file__).parent / "servers"
@@ -84,6 +91,27 @@ def _in_child(function: Callable[[], Any]) -> Any:
     kind, value = pickle.loads(pickled)
     assert kind == "result", value
     return value
+
+
+@pytest.fixture(scope="session")
+def end_of_child() -> Callable[[Callable[[], object]], int]:
+    """Run a function in a child process: what it ended with, negative for a signal it died of."""
+
+    def run(function: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            status = 99
+            try:
+                faulthandler.disable()
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                status = int(bool(function()))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    return run
 
 
 class Server:

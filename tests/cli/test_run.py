@@ -424,10 +424,6 @@ def test_kvm_without_the_device_says_how_to_get_it() -> None:
 # -- Ctrl-C and the terminal -----------------------------------------------------------------------
 
 
-def sigint_works() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def wait_until_it_runs(process: subprocess.Popen[str]) -> None:
     """Until it has threads, which are its vCPUs."""
     deadline = time.monotonic() + 20
@@ -486,7 +482,6 @@ def test_ctrl_c_ends_it_within_a_second_with_the_report_so_far(
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=sigint_works,
     )
     wait_until_it_runs(process)
     began = time.monotonic()
@@ -511,7 +506,6 @@ def test_on_a_terminal_progress_is_one_line_that_the_report_replaces(large: Path
             stderr=theirs,
             text=True,
             env=ENVIRONMENT,
-            preexec_fn=sigint_works,
         )
         wait_until_it_runs(process)
         process.send_signal(signal.SIGINT)
@@ -535,7 +529,6 @@ def test_ctrl_c_while_a_guest_is_made_ends_it_and_leaves_nothing(tmp_path: Path)
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=sigint_works,
     )
     time.sleep(1)
     process.send_signal(signal.SIGINT)

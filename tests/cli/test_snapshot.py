@@ -84,16 +84,12 @@ def test_memory_from_elsewhere(taken: Snapshot, serve, kind: str) -> None:
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    def sigint_works() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     return subprocess.Popen(
         [*COMMAND, "run", "--kvm", "soft", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=sigint_works,
     )
 
 

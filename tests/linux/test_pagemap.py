@@ -1,4 +1,5 @@
-import os
+import subprocess
+import sys
 from mmap import PAGESIZE
 
 import pytest
@@ -83,8 +84,11 @@ def test_every_entry_decodes(entry):
 
 
 def test_of_another_process():
-    with Pagemap(os.getppid()) as parents:
-        assert parents.path == f"/proc/{os.getppid()}/pagemap"
+    # A child that waits for its standard input; the parent may be one of the system's.
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        with Pagemap(child.pid) as pagemap:
+            assert pagemap.path == f"/proc/{child.pid}/pagemap"
+        child.communicate(b"\n")
     with pytest.raises(Unavailable) as caught:
         Pagemap(0)
     assert caught.value.what == "/proc/0/pagemap"
