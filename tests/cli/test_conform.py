@@ -98,6 +98,9 @@ def test_columns_are_put_into_a_table_that_is_kept(
         (["--on", "hard"], "'hard' names no KVM: say soft[:DIALECT][,npt=0], kvm, or lab:KERNEL"),
         (["--on", "lab"], "'lab' names no KVM"),
         (["--on", "kvm,npt=0"], "this machine's KVM is as it was loaded"),
+        (["--on", "kvm,ept=0"], "this machine's KVM is as it was loaded"),
+        (["--on", "soft,ept=0"], "the software KVM is of no vendor"),
+        (["--on", "lab:6.18,ept=2"], "'lab:6.18,ept=2' names no KVM"),
         (["--on", "soft:v9"], "v9"),
         (["nothing"], "no case is called 'nothing'"),
         (["--from", "/nowhere"], "/nowhere: it cannot be read"),
@@ -123,6 +126,8 @@ def test_what_is_wrong_is_one_line(
         ("soft:seed,npt=1", Target("soft", "seed")),
         ("kvm", Target("kvm")),
         ("lab:6.18,npt=0", Target("lab", "6.18", npt=False)),
+        ("lab:6.18,ept=1", Target("lab", "6.18", intel=True)),
+        ("lab:6.18,ept=0", Target("lab", "6.18", npt=False, intel=True)),
         ("lab:/boot/vmlinuz-6.18", Target("lab", "/boot/vmlinuz-6.18")),
     ],
 )

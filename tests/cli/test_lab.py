@@ -17,7 +17,9 @@ def test_list_without_anything_says_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert main(["lab", "list"]) == 0
-    assert "guestfault lab fetch" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "QEMU: no qemu-system-x86_64 on this system" in told
+    assert "guestfault lab fetch --bochs gets one" in told
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,8 @@ def test_a_kernel_that_cannot_be_started_is_one_line(
         ["lab", "run", "--kernel", "6.12"],
         ["lab", "run", "--kernel", "6.12", "--timeout", "0", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--smp", "-1", "--", "x"],
+        ["lab", "run", "--kernel", "6.12", "--npt", "0", "--ept", "1", "--", "x"],
+        ["lab", "run", "--kernel", "6.12", "--ept", "2", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--file", "nocolon", "--", "x"],
         ["lab", "fetch"],
     ],

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from guestfault.errors import GuestfaultError
+from guestfault.lab.bochs import find_bochs
 from guestfault.lab.image import Kernel
-from guestfault.lab.kernels import fetch_kernel, fetched
+from guestfault.lab.kernels import fetch_kernel, fetched, find_kernel
 from guestfault.lab.qemu import fetch_qemu, find_qemu
 
 RELEASE = "6.99.1-lab"
@@ -107,6 +108,19 @@ def lab_kernel() -> Kernel:
     if not here:
         pytest.skip("the lab: no kernel fetched; guestfault lab fetch 7.3, or GUESTFAULT_LAB=7.3")
     return here[-1]
+
+
+@pytest.fixture(scope="session")
+def intel_kernel() -> Kernel:
+    """One to be started under Bochs: a minute each time, so only where somebody asks for it."""
+    wanted = os.environ.get("GUESTFAULT_LAB_INTEL")
+    if not wanted:
+        pytest.skip("the lab: GUESTFAULT_LAB_INTEL names no kernel to start under Bochs")
+    try:
+        find_bochs()
+        return find_kernel(wanted)
+    except GuestfaultError as error:
+        pytest.skip(f"the lab: {error}")
 
 
 @pytest.fixture(scope="session")

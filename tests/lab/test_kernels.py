@@ -9,7 +9,7 @@ from guestfault.lab import kernels
 from guestfault.lab.errors import NoModulesError, NotAKernelError, UnknownKernelError
 from guestfault.lab.image import Kernel
 from guestfault.lab.kernels import add_kernel, choose, fetch_kernel, fetched, find_kernel
-from guestfault.lab.modules import modules_for
+from guestfault.lab.modules import all_modules
 
 CLOUD = "-cloud-amd64"
 OLD, NEW, NEWEST = f"6.12.9+deb12{CLOUD}", f"6.12.95+deb12{CLOUD}", f"6.12.95+deb12.1{CLOUD}"
@@ -101,12 +101,12 @@ def test_an_added_kernel_is_there_when_its_tree_is_gone(built: Built, empty_stor
         "kernel/drivers/other.ko": module(),
     }
     kernel = built(files)
-    wanted = modules_for(kernel)
+    wanted = all_modules(kernel)
     added = add_kernel(kernel)
     kernel.image.unlink()
     assert added == find_kernel(RELEASE) == fetched()[0]
     assert added.image.read_bytes() == bzimage()
-    assert modules_for(added) == wanted
+    assert all_modules(added) == wanted
     assert [module.name for module in wanted] == ["kvm", "kvm_amd"]
     assert add_kernel(added) == added  # itself, again
 

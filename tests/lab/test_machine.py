@@ -20,12 +20,12 @@ from tests.lab.conftest import module
 
 from guestfault.errors import Unavailable
 from guestfault.lab.errors import (
+    EmulatorError,
     HungError,
     KernelPanicError,
     NeverBootedError,
     NoKvmError,
     NoModulesError,
-    QemuError,
     StorageError,
     TooSmallError,
 )
@@ -53,33 +53,33 @@ def test_no_qemu(built: Built, empty_store: Path, monkeypatch: pytest.MonkeyPatc
 def test_modules_that_do_not_serve(built: Built) -> None:
     kernel = built({"kvm-amd.ko": module(depends="kvm")})
     with pytest.raises(NoModulesError, match="which kvm_amd needs"):
-        run(kernel, ["x"], qemu=Qemu(Path("/nonexistent"), (10, 0, 0)))
+        run(kernel, ["x"], emulator=Qemu(Path("/nonexistent"), (10, 0, 0)))
 
 
 def test_a_machine_that_cannot_hold_its_initramfs(built: Built) -> None:
     with pytest.raises(TooSmallError) as caught:
-        run(built(), ["x"], memory=64, qemu=Qemu(Path("/nonexistent"), (10, 0, 0)))
+        run(built(), ["x"], memory=64, emulator=Qemu(Path("/nonexistent"), (10, 0, 0)))
     assert 128 < caught.value.least < 512
 
 
 def test_a_qemu_that_is_gone(built: Built) -> None:
     with pytest.raises(StorageError, match="No such file"):
-        run(built(), ["x"], qemu=Qemu(Path("/nonexistent"), (10, 0, 0)))
+        run(built(), ["x"], emulator=Qemu(Path("/nonexistent"), (10, 0, 0)))
 
 
 def test_a_qemu_that_refuses(built: Built) -> None:
-    with pytest.raises(QemuError, match="exit status 1"):
-        run(built(), ["x"], qemu=Qemu(Path("/bin/false"), (10, 0, 0)))
+    with pytest.raises(EmulatorError, match="exit status 1"):
+        run(built(), ["x"], emulator=Qemu(Path("/bin/false"), (10, 0, 0)))
 
 
 def test_numba_needs_more_memory(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guestfault.lab.initramfs.numba_layer", lambda: bytes(200 << 20))
     nobody = Qemu(Path("/bin/false"), (10, 0, 0))
     with pytest.raises(TooSmallError) as caught:
-        run(built(), ["x"], memory=512, numba=True, qemu=nobody)
+        run(built(), ["x"], memory=512, numba=True, emulator=nobody)
     assert 512 < caught.value.least < 1024
-    with pytest.raises(QemuError):
-        run(built(), ["x"], numba=True, qemu=nobody)
+    with pytest.raises(EmulatorError):
+        run(built(), ["x"], numba=True, emulator=nobody)
 
 
 # -- real machines -------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_kernel_that_never_boots(lab_kernel: Kernel, tmp_path: Path) -> None:
     data[0x8000:0x9000] = bytes(0x1000)
     (tmp_path / "bzImage").write_bytes(data)
     kernel = Kernel(tmp_path / "bzImage", lab_kernel.release, None)
-    with pytest.raises((NeverBootedError, QemuError)):
+    with pytest.raises((NeverBootedError, EmulatorError)):
         run(kernel, ["x"], boot_timeout=4)
     assert our_machines(os.getpid()) == []
 

@@ -12,14 +12,14 @@ from tests.lab.conftest import module
 from guestfault.errors import Unavailable
 from guestfault.lab.errors import NoModulesError
 from guestfault.lab.image import Kernel
-from guestfault.lab.modules import modules_for
+from guestfault.lab.modules import all_modules, modules_for
 
 Built = Callable[..., Kernel]
 KVM = "kernel/arch/x86/kvm"
 
 
 def names(kernel: Kernel) -> list[str]:
-    return [found.name for found in modules_for(kernel)]
+    return [found.name for found in modules_for(kernel, "kvm_amd")]
 
 
 def test_each_comes_after_what_it_needs(built: Built) -> None:
@@ -53,6 +53,31 @@ def test_what_is_built_in_is_not_loaded(built: Built) -> None:
     assert names(built({"modules.builtin": b"a/kvm.ko\na/kvm-amd.ko\n"})) in ([], ["kvm_amd"])
 
 
+def test_each_vendor_has_its_own(built: Built) -> None:
+    both = {
+        "kvm-amd.ko": module(depends="kvm,ccp"),
+        "kvm-intel.ko": module(depends="kvm"),
+        "kvm.ko": module(),
+        "ccp.ko": module(),
+    }
+    kernel = built(both)
+    assert [found.name for found in modules_for(kernel, "kvm_intel")] == ["kvm", "kvm_intel"]
+    assert [found.name for found in all_modules(kernel)] == ["kvm", "ccp", "kvm_amd", "kvm_intel"]
+
+
+def test_one_vendor_is_enough(built: Built) -> None:
+    kernel = built({"kvm-intel.ko": module()})
+    assert [found.name for found in all_modules(kernel)] == ["kvm_intel"]
+    with pytest.raises(NoModulesError, match="no module kvm_amd"):
+        modules_for(kernel, "kvm_amd")
+
+
+def test_there_is_to_be_one(built: Built) -> None:
+    with pytest.raises(NoModulesError, match="no module kvm_amd"):
+        all_modules(built({"kernel/x.ko": module()}))
+    assert all_modules(built()) == []
+
+
 def test_a_kernel_without_a_directory_has_none_to_load(built: Built) -> None:
     assert names(built()) == []
 
@@ -71,7 +96,7 @@ def test_they_are_unpacked(built: Built, suffix: str) -> None:
             packed = subprocess.run(["zstd", "-c"], input=data, stdout=-1, check=True).stdout
         case _:
             packed = data
-    (found,) = modules_for(built({f"kvm-amd.ko{suffix}": packed}))
+    (found,) = modules_for(built({f"kvm-amd.ko{suffix}": packed}), "kvm_amd")
     assert found == ("kvm_amd", data)
 
 
@@ -81,7 +106,7 @@ def test_zstd_is_asked_for_where_it_is_needed(
     kernel = built({"kvm-amd.ko.zst": b"packed"})
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(Unavailable, match="install the package zstd"):
-        modules_for(kernel)
+        modules_for(kernel, "kvm_amd")
 
 
 @pytest.mark.parametrize(
@@ -98,5 +123,5 @@ def test_zstd_is_asked_for_where_it_is_needed(
 )
 def test_a_directory_that_does_not_serve(built: Built, files: dict[str, bytes], why: str) -> None:
     with pytest.raises(NoModulesError, match=why) as caught:
-        modules_for(built(files))
+        modules_for(built(files), "kvm_amd")
     assert "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ from guestfault.lab.machine import run as run_in_lab
 __all__ = ["add_arguments", "main"]
 
 _DEFAULT = ("soft:linux-7.3", "soft:linux-7.3,npt=0")
-_LAB_TIMEOUT = 900.0
+_LAB_TIMEOUT = 1800.0
 _INSIDE = "progress: "
 
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on",
         action="append",
         metavar="KVM",
-        help="soft[:DIALECT][,npt=0], kvm, or lab:KERNEL[,npt=0]; again for several"
+        help="soft[:DIALECT][,npt=0], kvm, or lab:KERNEL[,npt=0|,ept=1|,ept=0]; again for several"
         f" (default: {' '.join(_DEFAULT)}, and kvm if it is usable)",
     )
     parser.add_argument(
@@ -211,6 +211,7 @@ def _in_lab(
         find_kernel(target.which),
         command,
         npt=target.npt,
+        ept=target.npt if target.intel else None,
         timeout=_LAB_TIMEOUT * args.repeat,
         on_output=told,
     )

@@ -1,4 +1,4 @@
-"""``guestfault lab``: start a real kernel under QEMU, and run a command on its ``/dev/kvm``."""
+"""``guestfault lab``: start a real kernel, and run a command on its ``/dev/kvm``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from pathlib import Path
 
 from guestfault.cli.arguments import positive_number
 from guestfault.errors import GuestfaultError
+from guestfault.lab.bochs import Bochs, fetch_bochs, find_bochs
 from guestfault.lab.errors import MachineError
 from guestfault.lab.frames import Kind
 from guestfault.lab.image import open_kernel
 from guestfault.lab.kernels import SUITES, add_kernel, fetch_kernel, fetched, find_kernel
-from guestfault.lab.machine import (
-    BOOT_TIMEOUT,
-    MEMORY,
-    MEMORY_WITH_NUMBA,
-    TIMEOUT,
-    Result,
-    run,
-)
+from guestfault.lab.machine import MEMORY, MEMORY_WITH_NUMBA, TIMEOUT, Result, run
 from guestfault.lab.qemu import Qemu, fetch_qemu, find_qemu
 from guestfault.lab.store import storing
 
@@ -32,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_fetch(commands.add_parser("fetch", help="get a Debian kernel, and QEMU if need be"))
     _add_add(commands.add_parser("add", help="keep a kernel that was built, under its release"))
     _add_run(commands.add_parser("run", help="boot a kernel and run a command in it"))
-    list_ = commands.add_parser("list", help="the kernels and the QEMU that are here")
+    list_ = commands.add_parser("list", help="the kernels, QEMU and Bochs that are here")
     list_.set_defaults(lab=_list)
 
 
@@ -52,6 +46,9 @@ def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mirror", metavar="URI", help="of a Debian archive; else the one in the apt sources"
     )
+    parser.add_argument(
+        "--bochs", action="store_true", help="get Bochs too, if need be: it runs kvm_intel"
+    )
     parser.set_defaults(lab=_fetch)
 
 
@@ -69,11 +66,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="a bzImage, a built kernel tree, or the name of a kernel in `lab list`",
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="the kernel's modules")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--npt",
         choices=("0", "1"),
         default="1",
-        help="whether KVM uses nested page tables (default 1) or shadow ones",
+        help="whether kvm_amd uses nested page tables (default 1) or shadow ones",
+    )
+    which.add_argument(
+        "--ept",
+        choices=("0", "1"),
+        help="the same of kvm_intel, on a machine with VMX, under Bochs: several times as slow",
     )
     parser.add_argument("--smp", type=positive_number, default=1, metavar="N", help="processors")
     parser.add_argument(
@@ -92,9 +95,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boot-timeout",
         type=_seconds,
-        default=BOOT_TIMEOUT,
         metavar="S",
-        help=f"seconds for the kernel to boot (default {BOOT_TIMEOUT:g})",
+        help="seconds for the kernel to boot"
+        f" (default {Qemu.boot_timeout:g}; with --ept {Bochs.boot_timeout:g})",
     )
     parser.add_argument(
         "--file",
@@ -169,6 +172,8 @@ def _fetch(args: argparse.Namespace) -> int:
         kernel = fetch_kernel(name, mirror=args.mirror, suites=args.suite or SUITES, say=_say)
         print(f"{kernel.release}  {kernel.image}")
     _show_qemu(fetch_qemu(mirror=args.mirror, say=_say))
+    if args.bochs:
+        _show_bochs(fetch_bochs(mirror=args.mirror, say=_say))
     return 0
 
 
@@ -185,7 +190,15 @@ def _list(_args: argparse.Namespace) -> int:
         _show_qemu(find_qemu())
     except GuestfaultError as error:
         print(error)
+    try:
+        _show_bochs(find_bochs())
+    except GuestfaultError as error:
+        print(error)
     return 0
+
+
+def _show_bochs(bochs: Bochs) -> None:
+    print(f"Bochs {'.'.join(map(str, bochs.version))}  {bochs.program}")
 
 
 def _show_qemu(qemu: Qemu) -> None:
@@ -204,6 +217,7 @@ def _run(args: argparse.Namespace) -> int:
             find_kernel(args.kernel, args.modules),
             args.command,
             npt=args.npt == "1",
+            ept=None if args.ept is None else args.ept == "1",
             processors=args.smp,
             memory=args.memory,
             timeout=args.timeout,

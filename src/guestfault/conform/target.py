@@ -1,8 +1,9 @@
-"""Which KVM is asked: ``soft:linux-7.3,npt=0``, ``kvm``, ``lab:6.18,npt=0``.
+"""Which KVM is asked: ``soft:linux-7.3,npt=0``, ``kvm``, ``lab:6.18,npt=0``, ``lab:6.18,ept=1``.
 
 ``soft`` is the software KVM in one dialect, ``kvm`` this machine's, ``lab`` that of a kernel which
 is started for it (by who runs the command: this room knows no lab).  ``npt=0`` asks for shadow page
-tables, where there is a choice.
+tables, where there is a choice.  In a lab it is a parameter of ``kvm_amd``, which is there unless
+said otherwise; to name ``kvm_intel``'s, ``ept=1`` or ``ept=0``, is to ask for that one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from guestfault.softkvm.system import SoftSystem
 __all__ = ["Target", "about", "open_system", "parse"]
 
 _DEFAULT_DIALECT = "linux-7.3"
-_FORM = "soft[:DIALECT][,npt=0], kvm, or lab:KERNEL[,npt=0]"
+_FORM = "soft[:DIALECT][,npt=0], kvm, or lab:KERNEL[,npt=0|,ept=1|,ept=0]"
 _MODULES = Path("/sys/module")
 # The modules that drive a processor, and which parameter says that it walks two tables at once.
 _VENDORS = {"kvm_amd": "npt", "kvm_intel": "ept", "kvm_pvm": ""}
@@ -29,30 +30,39 @@ _VENDORS = {"kvm_amd": "npt", "kvm_intel": "ept", "kvm_pvm": ""}
 
 @dataclass(frozen=True)
 class Target:
-    """``kind`` is ``soft``, ``kvm`` or ``lab``, ``which`` its dialect or its kernel."""
+    """``kind`` is ``soft``, ``kvm`` or ``lab``, ``which`` its dialect or its kernel.
+
+    ``npt`` is whether it has nested page tables, by either vendor's name, and ``intel`` whether it
+    is ``kvm_intel`` in a lab.
+    """
 
     kind: str
     which: str = ""
     npt: bool = True
+    intel: bool = False
 
     @property
     def name(self) -> str:
         """As it is written, in full."""
         name = f"{self.kind}:{self.which}" if self.which else self.kind
+        if self.intel:
+            return f"{name},ept={int(self.npt)}"
         return name if self.npt else f"{name},npt=0"
 
 
 def parse(text: str) -> Target:
     """Raises :class:`~guestfault.errors.GuestfaultError` for a word of another form."""
-    match = re.fullmatch(r"(soft|kvm|lab)(?::([^,]+))?(?:,npt=([01]))?", text)
+    match = re.fullmatch(r"(soft|kvm|lab)(?::([^,]+))?(?:,(npt|ept)=([01]))?", text)
     if match is None or (match[1] == "lab") > bool(match[2]):
         raise GuestfaultError(f"{text!r} names no KVM: say {_FORM}")
-    kind, which, npt = match[1], match[2] or "", match[3] != "0"
+    kind, which, intel, npt = match[1], match[2] or "", match[3] == "ept", match[4] != "0"
     if kind == "kvm" and (which or match[3]):
         raise GuestfaultError(f"{text!r}: this machine's KVM is as it was loaded: say kvm")
+    if kind == "soft" and intel:
+        raise GuestfaultError(f"{text!r}: the software KVM is of no vendor: say npt")
     if kind == "soft":
         which = dialect_named(which or _DEFAULT_DIALECT).name
-    return Target(kind, which, npt)
+    return Target(kind, which, npt, intel)
 
 
 def open_system(target: Target) -> System:

@@ -130,10 +130,10 @@ class PrivateApt:
         """The names of all packages that begin with ``prefix``."""
         return self._run(["apt-cache", "pkgnames", prefix], "list packages").split()
 
-    def install_plan(self, package: str, suite: str) -> list[str]:
-        """What installing ``package`` here would bring, itself included, as ``name=version``."""
+    def install_plan(self, packages: Sequence[str], suite: str) -> list[str]:
+        """What installing ``packages`` here would bring, themselves too, as ``name=version``."""
         command = ["apt-get", "--simulate", "--no-install-recommends", "-t", suite]
-        told = self._run([*command, "install", package], f"find what {package} needs")
+        told = self._run([*command, "install", *packages], f"find what {packages[0]} needs")
         plan = re.findall(r"^Inst (\S+) (?:\[[^\]]*\] )?\((\S+)", told, re.MULTILINE)
         return [f"{name}={version}" for name, version in plan]
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from guestfault.errors import GuestfaultError
 
 __all__ = [
+    "CannotEmulateError",
+    "EmulatorError",
     "FetchError",
     "HungError",
     "InsideError",
@@ -23,7 +25,6 @@ __all__ = [
     "NoKvmError",
     "NoModulesError",
     "NotAKernelError",
-    "QemuError",
     "StorageError",
     "TooSmallError",
     "UnknownKernelError",
@@ -91,13 +92,14 @@ class MachineError(LabError):
         self.stderr = b""
 
 
-class QemuError(MachineError):
-    """QEMU ended by itself.  ``status`` is its exit status (negative: a signal)."""
+class EmulatorError(MachineError):
+    """The emulator, ``program``, ended by itself, with ``status`` (negative: a signal)."""
 
-    def __init__(self, status: int, why: str) -> None:
+    def __init__(self, program: str, status: int, why: str) -> None:
+        self.program = program
         self.status = status
         ended = f"exit status {status}" if status >= 0 else f"signal {-status}"
-        super().__init__(f"QEMU ended with {ended}" + (f": {why}" if why else ""))
+        super().__init__(f"{program} ended with {ended}" + (f": {why}" if why else ""))
 
 
 class NeverBootedError(MachineError):
@@ -136,6 +138,14 @@ class TooSmallError(LabError):
         self.memory = memory
         self.least = least
         super().__init__(f"{memory} MiB of memory are too few; this machine needs {least}")
+
+
+class CannotEmulateError(LabError):
+    """The emulator, ``program``, has no such machine; ``why`` says which it has."""
+
+    def __init__(self, program: str, why: str) -> None:
+        self.program = program
+        super().__init__(f"{program} emulates {why}")
 
 
 class NoKvmError(MachineError):

@@ -96,7 +96,7 @@ def _end(port: int) -> NoReturn:
         _tell(port, Kind.DONE)
         with contextlib.suppress(OSError, termios.error):
             termios.tcdrain(port)
-    # QEMU is told to end where a machine would start anew, and any kernel can do that.
+    # An emulator is told to end where a machine would start anew, and any kernel can do that.
     _libc.reboot(_RB_AUTOBOOT)
     while True:
         signal.pause()

@@ -21,7 +21,7 @@ from pathlib import Path
 from guestfault.lab.apt import PrivateApt, find_mirror, unpack
 from guestfault.lab.errors import FetchError, NotAKernelError, StorageError, UnknownKernelError
 from guestfault.lab.image import Kernel, open_kernel
-from guestfault.lab.modules import modules_for
+from guestfault.lab.modules import all_modules
 from guestfault.lab.store import making_directory, store
 
 __all__ = ["SUITES", "add_kernel", "choose", "fetch_kernel", "fetched", "find_kernel"]
@@ -75,7 +75,7 @@ def add_kernel(kernel: Kernel) -> Kernel:
     release = kernel.release
     if "/" in release or release.startswith("."):
         raise NotAKernelError(kernel.image, f"its release, {release!r}, is no name for a directory")
-    modules = modules_for(kernel)
+    modules = all_modules(kernel)
     with making_directory(store() / "kernels" / release) as directory:
         image = directory / "boot" / f"vmlinuz-{release}"
         image.parent.mkdir()
@@ -144,7 +144,7 @@ def _fetch(apt: PrivateApt, release: str, names: set[str], say: Callable[[str], 
         image = _image(directory, release)
         if image is None:
             raise FetchError(f"cannot use {packages[0]}", "there is no kernel image in it")
-        modules_for(open_kernel(image, directory))  # is KVM in it?
+        all_modules(open_kernel(image, directory))  # is KVM in it?
     return find_kernel(release)
 
 

@@ -6,8 +6,8 @@
 Every end has its own error: :class:`~guestfault.lab.errors.NeverBootedError`,
 :class:`~guestfault.lab.errors.KernelPanicError` (an oops is made one),
 :class:`~guestfault.lab.errors.NoKvmError`, :class:`~guestfault.lab.errors.HungError`, and
-:class:`~guestfault.lab.errors.QemuError` and :class:`~guestfault.lab.errors.InsideError` for what
-is the fault of neither the kernel nor the command.
+:class:`~guestfault.lab.errors.EmulatorError` and :class:`~guestfault.lab.errors.InsideError` for
+what is the fault of neither the kernel nor the command.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from guestfault.lab import console as kernel_console
+from guestfault.lab.bochs import find_bochs
 from guestfault.lab.errors import (
+    EmulatorError,
     HungError,
     InsideError,
     KernelPanicError,
     MachineError,
     NeverBootedError,
     NoKvmError,
-    QemuError,
     TooSmallError,
 )
 from guestfault.lab.frames import Frame, Kind, Reader
+from guestfault.lab.given import Emulator
 from guestfault.lab.image import Kernel
 from guestfault.lab.initramfs import Job, initramfs
 from guestfault.lab.layers import DEPENDENCIES, PACKAGE, PYTHON
-from guestfault.lab.modules import WANTED, modules_for
+from guestfault.lab.modules import modules_for
 from guestfault.lab.process import Machine, started
-from guestfault.lab.qemu import Qemu, find_qemu
+from guestfault.lab.qemu import find_qemu
 
-__all__ = ["BOOT_TIMEOUT", "MEMORY", "MEMORY_WITH_NUMBA", "TIMEOUT", "Result", "run"]
+__all__ = ["MEMORY", "MEMORY_WITH_NUMBA", "TIMEOUT", "Result", "run"]
 
 MEMORY = 512
 """MiB of a machine, if nothing else is asked for."""
@@ -46,8 +48,6 @@ MEMORY_WITH_NUMBA = 1024
 """The same with numba in it, which is in memory twice while it is unpacked."""
 TIMEOUT = 300.0
 """Seconds for the command."""
-BOOT_TIMEOUT = 90.0
-"""Seconds for the kernel to come to its first process."""
 
 _KERNEL_NEEDS = 112  # MiB, beside the initramfs
 _ESSENTIAL = (
@@ -86,10 +86,11 @@ def run(
     command: Sequence[str],
     *,
     npt: bool = True,
+    ept: bool | None = None,
     processors: int = 1,
     memory: int | None = None,
     timeout: float = TIMEOUT,
-    boot_timeout: float = BOOT_TIMEOUT,
+    boot_timeout: float | None = None,
     files: Sequence[str] = (),
     added: Mapping[str, Path] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -99,15 +100,17 @@ def run(
     verbose: bool = False,
     on_output: Callable[[Kind, bytes], None] | None = None,
     on_console: Callable[[bytes], None] | None = None,
-    qemu: Qemu | None = None,
+    emulator: Emulator | None = None,
 ) -> Result:
     """Run ``command`` under ``kernel``, and wait for it.
 
-    ``npt`` is whether KVM there uses nested page tables, or shadow ones.  ``memory`` is in MiB
-    (:data:`MEMORY`), ``timeout`` and ``boot_timeout`` in seconds.  ``files`` are paths inside to
-    bring back, ``added`` paths here (files, with the libraries a program needs, or directories) by
-    the path that they get inside.  ``arguments`` are added to the kernel's command line;
-    ``verbose`` lets its console have every message, not warnings alone.
+    ``npt`` is whether KVM there uses nested page tables, or shadow ones.  That is ``kvm_amd``; with
+    ``ept``, true or false, it is the same of ``kvm_intel``, on another machine, which is several
+    times as slow.  ``memory`` is in MiB (:data:`MEMORY`), ``timeout`` and ``boot_timeout`` in
+    seconds; the second is the machine's own if not given.  ``files`` are paths inside to bring
+    back, ``added`` paths here (files, with the libraries a program needs, or directories) by the
+    path that they get inside.  ``arguments`` are added to the kernel's command line; ``verbose``
+    lets its console have every message, not warnings alone.
 
     ``on_output`` is called with ``Kind.STDOUT`` or ``Kind.STDERR`` and bytes as they come, and
     ``on_console`` with the console's.  Inside are ``python3`` with its standard library, this
@@ -117,21 +120,24 @@ def run(
 
     Raises a :class:`~guestfault.lab.errors.MachineError` for each way in which a machine can fail,
     :class:`~guestfault.lab.errors.NoModulesError`, :class:`~guestfault.lab.errors.StorageError`,
-    and :class:`~guestfault.errors.Unavailable` without a QEMU.  The calling thread has to last as
-    long as the call: QEMU ends with it.
+    :class:`~guestfault.lab.errors.CannotEmulateError`, and :class:`~guestfault.errors.Unavailable`
+    without a QEMU, or for ``ept`` without a Bochs.  The calling thread has to last as long as the
+    call: the emulator ends with it.
     """
     job = Job(command, files, environment or {}, added or {}, needs_kvm, numba)
     memory = memory or (MEMORY_WITH_NUMBA if numba else MEMORY)
-    qemu = qemu or find_qemu()
-    modules = modules_for(kernel)
+    emulator = emulator or (find_qemu() if ept is None else find_bochs())
+    modules = modules_for(kernel, emulator.module)
     layers = initramfs(modules, job)
     # The initramfs is there twice while it is unpacked, into half of the memory at most.
     least = (2 * sum(map(len, layers)) >> 20) + _KERNEL_NEEDS
     if memory < least:
         raise TooSmallError(memory, least)
-    line = _command_line(npt, verbose, arguments)
+    tdp = npt if ept is None else ept
+    line = _command_line(emulator, tdp, verbose, arguments)
+    boot_timeout = boot_timeout or emulator.boot_timeout
     began = time.monotonic()
-    with started(qemu, kernel, layers, line, memory, processors) as machine:
+    with started(emulator, kernel, layers, line, memory, processors) as machine:
         watch = _Watch(machine, began, timeout, boot_timeout, on_output, on_console)
         watch.no_kvm_mend = "" if modules else _NO_MODULES
         try:
@@ -143,11 +149,11 @@ def run(
         return watch.result()
 
 
-def _command_line(npt: bool, verbose: bool, arguments: Sequence[str]) -> str:
+def _command_line(emulator: Emulator, tdp: bool, verbose: bool, arguments: Sequence[str]) -> str:
     # Without messages below a warning the console, which is slow, costs nothing.
     level = "ignore_loglevel" if verbose else "loglevel=5"
-    words = [_ESSENTIAL, level, f"{WANTED}.npt={int(npt)}", f"rdinit={PYTHON}"]
-    words += [f"PYTHONPATH={PACKAGE}:{DEPENDENCIES}", *arguments]
+    words = [_ESSENTIAL, level, emulator.arguments, f"{emulator.module}.{emulator.tdp}={int(tdp)}"]
+    words += [f"rdinit={PYTHON}", f"PYTHONPATH={PACKAGE}:{DEPENDENCIES}", *arguments]
     # The kernel gives what follows the dashes to its first process.
     return " ".join([*words, "--", "-S", "-m", "guestfault.lab.inside"])
 
@@ -247,12 +253,13 @@ class _Watch:
         if self.status is not None and self.done:
             return
         self._raise_panic()
-        status = self.machine.process.wait()
-        why = self.complaints.decode("utf-8", "replace").strip().splitlines()
+        emulator, status = self.machine.emulator, self.machine.process.wait()
+        said = self.complaints.decode("utf-8", "replace")
+        why, restarted = emulator.last_words(said, status)
         where = "before the command had ended" if self.booted else "before the kernel had booted"
-        if status == 0:
-            raise QemuError(0, f"the machine restarted {where}, without a panic")
-        raise QemuError(status, why[-1] if why else where)
+        if restarted:
+            why = f"the machine restarted {where}, without a panic"
+        raise EmulatorError(emulator.name, status, why or where)
 
     def _raise_panic(self) -> None:
         if reason := kernel_console.panic(self.console):

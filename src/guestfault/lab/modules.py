@@ -24,10 +24,10 @@ from guestfault.lab.errors import NoModulesError
 from guestfault.lab.image import Kernel
 from guestfault.lab.store import storing
 
-__all__ = ["WANTED", "Module", "modules_for"]
+__all__ = ["VENDORS", "Module", "all_modules", "modules_for"]
 
-WANTED = "kvm_amd"
-"""The module that gives ``/dev/kvm`` on an emulated processor with SVM."""
+VENDORS = ("kvm_amd", "kvm_intel")
+"""The modules that give ``/dev/kvm``, each on its processors."""
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
@@ -39,7 +39,7 @@ class Module(NamedTuple):
     data: bytes
 
 
-def modules_for(kernel: Kernel, wanted: str = WANTED) -> list[Module]:
+def modules_for(kernel: Kernel, wanted: str) -> list[Module]:
     """``wanted`` and all that it needs, each after what it needs itself.
 
     Empty if the kernel has no modules directory, or one that lists ``wanted`` as built in: whether
@@ -71,6 +71,16 @@ def modules_for(kernel: Kernel, wanted: str = WANTED) -> list[Module]:
 
     visit(wanted, "")
     return [Module(name, data) for name, data in order.items()]
+
+
+def all_modules(kernel: Kernel) -> list[Module]:
+    """The same for each of :data:`VENDORS` that the kernel has; it must have one."""
+    there: set[str] = set()
+    if kernel.modules is not None:
+        with storing(kernel.modules):
+            there = set(_files(kernel.modules)) & set(VENDORS)
+    wanted = [vendor for vendor in VENDORS if vendor in there] or VENDORS[:1]
+    return list(dict.fromkeys(module for one in wanted for module in modules_for(kernel, one)))
 
 
 def _files(directory: Path) -> dict[str, Path]:

@@ -5,23 +5,24 @@ Version 10 is wanted.  Under 7.2 a Linux 6.12 oopses at boot now and then, aroun
 an older QEMU is used only where a newer one cannot be had, and then without that instruction.
 
 A fetched QEMU is a Debian package, and those it needs that this system has not, unpacked into the
-lab's store: its libraries are found by ``LD_LIBRARY_PATH``, its firmware by ``-L``.
+lab's store (:mod:`~guestfault.lab.unpacked`): its firmware is found by ``-L``.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from guestfault.errors import Unavailable
-from guestfault.lab.apt import PrivateApt, codename, find_mirror, unpack
 from guestfault.lab.errors import LabError
-from guestfault.lab.store import making_directory, store
+from guestfault.lab.given import Given
+from guestfault.lab.image import Kernel
+from guestfault.lab.store import store
+from guestfault.lab.unpacked import environment_of, fetch_unpacked, said_by
 
 __all__ = ["Qemu", "fetch_qemu", "find_qemu"]
 
@@ -29,13 +30,18 @@ _PROGRAM = "qemu-system-x86_64"
 _PACKAGE = "qemu-system-x86"
 _WANTED = (10, 0)
 _FETCHED = "qemu"
-_LIBRARIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib", "lib")
 _FIRMWARE = ("usr/share/qemu", "usr/share/seabios")
 
 
 @dataclass(frozen=True, slots=True)
 class Qemu:
     """``root`` is the directory that a fetched one was unpacked into, ``None`` for the system's."""
+
+    name: ClassVar[str] = "QEMU"
+    module: ClassVar[str] = "kvm_amd"
+    tdp: ClassVar[str] = "npt"
+    arguments: ClassVar[str] = ""
+    boot_timeout: ClassVar[float] = 90.0
 
     program: Path
     version: tuple[int, ...]
@@ -49,7 +55,7 @@ class Qemu:
     @property
     def environment(self) -> dict[str, str]:
         """The environment to start it in."""
-        return _environment(self.root)
+        return environment_of(self.root)
 
     def command(self, *, memory: int, processors: int) -> list[str]:
         """The command line of a machine of ``memory`` MiB, as far as it is about the machine.
@@ -66,6 +72,30 @@ class Qemu:
             for directory in _FIRMWARE:
                 command += ["-L", str(self.root / directory)]
         return command
+
+    def give(
+        self,
+        given: Given,
+        kernel: Kernel,
+        layers: Sequence[bytes],
+        line: str,
+        memory: int,
+        processors: int,
+    ) -> list[str]:
+        """See :class:`~guestfault.lab.given.Emulator`."""
+        initramfs = given.memory("initramfs", layers)
+        command = self.command(memory=memory, processors=processors)
+        command += ["-kernel", str(kernel.image), "-initrd", f"/proc/self/fd/{initramfs}"]
+        command += ["-append", line]
+        for name in ("console", "port"):
+            command += ["-chardev", f"socket,id={name},fd={given.socket(name)}"]
+            command += ["-serial", f"chardev:{name}"]
+        return command
+
+    def last_words(self, said: str, status: int) -> tuple[str, bool]:
+        """See :class:`~guestfault.lab.given.Emulator`."""
+        lines = said.strip().splitlines()
+        return (lines[-1] if lines else "", status == 0)
 
 
 def find_qemu() -> Qemu:
@@ -107,27 +137,15 @@ def fetch_qemu(*, mirror: str | None = None, say: Callable[[str], None] = lambda
 
 
 def _fetch(mirror: str | None, say: Callable[[str], None]) -> Qemu:
-    release = codename()
-    if release is None:
-        why = "packages of it are for Debian, which this system is not"
-        raise Unavailable("QEMU", why, "install QEMU 10 or newer by the means of this system")
-    # Its libraries come from this system's own release, or they would want another C library.
-    backports = f"{release}-backports"
-    apt = PrivateApt(
-        store() / "apt" / f"{release}+backports", mirror or find_mirror(), [release, backports]
+    fetch_unpacked(
+        "QEMU",
+        [_PACKAGE],
+        store() / _FETCHED,
+        backports=True,
+        works=lambda root: _version(root / "usr/bin" / _PROGRAM, root),
+        mirror=mirror,
+        say=say,
     )
-    say(f"looking for QEMU in {release} and {backports}")
-    apt.update()
-    plan = apt.install_plan(_PACKAGE, backports)
-    if not plan:
-        raise Unavailable("QEMU", "its package is installed, and its program is not to be found")
-    final = store() / _FETCHED
-    with making_directory(final) as directory:
-        say(f"downloading QEMU, {len(plan)} packages")
-        for package in apt.download(plan, directory):
-            unpack(package, directory)
-            package.unlink()
-        _version(directory / "usr/bin" / _PROGRAM, directory)
     qemu = _of_store()
     assert qemu is not None
     say(f"QEMU {_text(qemu.version)}")
@@ -154,35 +172,11 @@ def _of_store() -> Qemu | None:
 
 def _version(program: Path, root: Path | None) -> tuple[int, ...]:
     """What it says of itself; raises :class:`~guestfault.errors.Unavailable` if it does not."""
-    try:
-        done = subprocess.run(
-            [str(program), "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=_environment(root),
-            check=False,
-        )
-    except OSError as error:
-        raise Unavailable(str(program), f"does not start: {error.strerror}") from error
-    match = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", done.stdout)
-    if done.returncode or match is None:
-        why = (done.stderr.strip().splitlines() or ["it says no version"])[-1]
-        raise Unavailable(str(program), f"does not run: {why}", _mend(root))
+    said = said_by([str(program), "--version"], root, environment_of(root))
+    match = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
+    if match is None:
+        raise Unavailable(str(program), "it says no version")
     return tuple(int(part or 0) for part in match.groups())
-
-
-def _mend(root: Path | None) -> str:
-    return "" if root is None else f"remove {root} and fetch it again: guestfault lab fetch"
-
-
-def _environment(root: Path | None) -> dict[str, str]:
-    environment = dict(os.environ)
-    if root is not None:
-        ours = [str(root / directory) for directory in _LIBRARIES]
-        theirs = environment.get("LD_LIBRARY_PATH")
-        environment["LD_LIBRARY_PATH"] = ":".join(ours + ([theirs] if theirs else []))
-    return environment
 
 
 def _text(version: tuple[int, ...]) -> str:

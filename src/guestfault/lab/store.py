@@ -1,8 +1,8 @@
 """The lab's files: everything it keeps is in one directory, and nothing there is ever half made.
 
 ``$XDG_CACHE_HOME/guestfault/lab`` (``~/.cache/guestfault/lab``) holds fetched kernels, the fetched
-QEMU, apt's private state and prepared layers.  All of it can be deleted at any time, and is
-fetched or made again when it is next asked for.
+QEMU and Bochs, apt's private state and prepared layers.  All of it can be deleted at any time, and
+is fetched or made again when it is next asked for.
 
 What is made there is made under a name of its own and renamed when it is whole, so that an
 interrupted download, a full disk or two runs at once leave either all of a thing or nothing.  Who
