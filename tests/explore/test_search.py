@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from guestfault.dialect.published import DIALECTS
 from guestfault.dialect.record import Dialect
 from guestfault.explore import search as search_module
+from guestfault.explore.decisions import Decisions
 from guestfault.explore.scenario import Kind, Scenario, Verdict
-from guestfault.explore.schedule import WorldDefect
+from guestfault.explore.scenarios import SCENARIOS
+from guestfault.explore.schedule import Actor, Impossible, WorldDefect
+from guestfault.explore.scheduler import Scheduler
 from guestfault.explore.search import Bound, explore
 from guestfault.softkvm.preempt import preemption_point
 
@@ -31,6 +36,8 @@ three_threads = st.lists(st.lists(ops, min_size=1, max_size=3), min_size=3, max_
 @pytest.mark.timeout(120)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(threads=st.one_of(two_threads, three_threads), bound=st.sampled_from([0, 1, 2, 3]))
+# Where somebody may not be passed over any more, to go on is not what it is to be let go on.
+@example(threads=[[("write", 2, 2)], [("spawn", 2, 1)], [("wait", 2, 0), ("read", 2, 0)]], bound=0)
 def test_hashing_loses_no_final_state(
     program: Callable[..., Scenario],
     dialect: Dialect,
@@ -84,6 +91,77 @@ def test_how_a_round_is_cut_into_parts_loses_no_final_state(
     assert cut == whole
     assert other.exhausted == one.exhausted == bound
     assert other.tally.counts.keys() == one.tally.counts.keys()
+
+
+class Unwilling:
+    """An explorer that looks at the state's hash, and cuts nothing."""
+
+    def at_point(self, decisions: Decisions, actor: Actor) -> bool:
+        one = actor.hash
+        assert decisions.standing + one * one == decisions.state
+        return self.look(decisions)
+
+    def at_switch(self, decisions: Decisions, *_: object) -> bool:
+        return self.look(decisions)
+
+    def at_choice(self, decisions: Decisions, *_: object) -> bool:
+        return self.look(decisions)
+
+    def look(self, decisions: Decisions) -> bool:
+        assert decisions.state == sum(actor.hash**2 for actor in decisions.actors)
+        return False
+
+
+@settings(max_examples=50, deadline=None)
+@given(threads=st.one_of(two_threads, three_threads), at=st.integers(0, 6), who=st.integers(0, 2))
+def test_the_state_is_the_sum_of_all_actors(
+    program: Callable[..., Scenario],
+    dialect: Dialect,
+    threads: list[list[tuple[str, int, int]]],
+    at: int,
+    who: int,
+) -> None:
+    """It is kept as the sum of those who stand, and must be right whoever has moved last."""
+    explorer, scheduler = Unwilling(), Scheduler()
+    world = program(*threads).build(dialect)
+    with contextlib.suppress(Impossible):
+        try:
+            scheduler.run(world, ((at, who),), explorer)
+        finally:
+            scheduler.abandon()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dialect_name", ["seed", "linux-6.8"])
+@pytest.mark.parametrize("name", ["async-ready", "invalidation", "pusha-then-ss", "slot-deleted"])
+def test_to_ask_waits_that_act_at_each_decision_comes_to_the_same(
+    name: str, dialect_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but a write of what such a wait names changes what it says, or does."""
+    found = []
+    for _ in range(2):
+        search = explore(SCENARIOS[name], DIALECTS[dialect_name], Bound(1, schedules=400))
+        found.append((search.tally, search.explored, search.beyond, search.exhausted))
+        monkeypatch.setattr(Decisions, "_ask", _ask_and_ask_again)
+        monkeypatch.setattr(Decisions, "_waits", _wait_and_ask)
+    assert found[0] == found[1]
+
+
+_ask, _waits = Decisions._ask, Decisions._waits
+
+
+def _ask_and_ask_again(self: Decisions, last: Actor | None) -> None:
+    _ask(self, last)
+    if self._watched:
+        self._written()
+
+
+def _wait_and_ask(
+    self: Decisions, actor: Actor, until: Callable[[], bool], acts: bool, can: bool
+) -> None:
+    _waits(self, actor, until, acts, can)
+    if acts:
+        self._written()
 
 
 def test_the_schedules_of_two_threads_are_counted_as_combinatorics_has_it(

@@ -76,11 +76,14 @@ class Decisions:
         self.record = record
         self._world = world
         self._threads = 0 if world is None else len(world.actors)
-        self._actors: list[Actor] = []
+        self.actors: list[Actor] = []
         self.live: list[Actor] = []  # by index
-        self.waiting = self._acting = 0  # how many wait, and of those, whose ``until`` acts
+        self.waiting = 0  # how many wait
+        self._watched: dict[Hashable, int] = {}  # what an ``until`` that acts depends on
+        self._stale = False  # whether such a thing was written since they were asked
         self._cells: dict[Hashable, list[int]] = {}
-        self.state = 0
+        self._moves: Actor | None = None  # who has taken the last step
+        self.standing = 0  # the squares of the others' hashes
         self.step = 0
         self._preemptions = 0
         self._explorer = explorer
@@ -102,7 +105,7 @@ class Decisions:
 
     def _expect_calm(self) -> None:
         """Tell until when whoever comes to a point goes on, unless the explorer cuts there."""
-        if self._acting or self.record is not None:
+        if self._stale or self.record is not None:
             self._calm_until = 0
         elif 0 <= self._deviation_at < self._watch_from:
             self._calm_until = self._deviation_at
@@ -110,24 +113,57 @@ class Decisions:
             self._calm_until = self._watch_from
 
     def _add(self, name: str, function: Callable[[], None], uid: int) -> None:
-        actor = Actor(len(self._actors), name, function, uid)
-        self._actors.append(actor)
+        actor = Actor(len(self.actors), name, function, uid)
+        self.actors.append(actor)
         self.live.append(actor)
-        self.state += uid * uid
+        self.standing += uid * uid
+
+    @property
+    def state(self) -> int:
+        """The state's hash: the squares of the actors'."""
+        actor = self._moves
+        return self.standing if actor is None else self.standing + actor.hash * actor.hash
 
     def _waits_no_more(self, actor: Actor) -> None:
         if actor.until is not None:
             actor.until = None
             self.waiting -= 1
             if actor.acts:
-                self._acting -= 1
-                self._expect_calm()
+                self._watched[actor.shared] -= 1
+                if not self._watched[actor.shared]:
+                    del self._watched[actor.shared]
+
+    def _waits(self, actor: Actor, until: Callable[[], bool], acts: bool, can: bool) -> None:
+        """The actor stands at a wait, and ``can`` is what ``until`` has said just now."""
+        actor.until, actor.acts, actor.can = until, acts, can
+        self.waiting += 1
+        if acts:
+            self._watched[actor.shared] = self._watched.get(actor.shared, 0) + 1
+
+    def _written(self) -> None:
+        """What an ``until`` that acts depends on is written: it is asked at the next decision."""
+        self._stale = True
+        self._calm_until = 0
+
+    def _ask(self, last: Actor | None) -> None:
+        """Ask each ``until`` that acts, but that of ``last``, who has just asked himself.
+
+        Whether or not the decision depends on what they say.  To ask them at each decision would
+        come to the same: what they do once they do no more before something is written.
+        """
+        self._stale = False
+        for actor in self.live:
+            if actor.until is not None and actor.acts and actor is not last:
+                actor.can = actor.context.run(actor.until)
+        self._expect_calm()
 
     def _stop(self, why: str) -> None:
         self._end, self._stuck = End.STUCK, why
 
     def _pick(self, last: Actor | None, can: bool) -> Actor | None:
         """Decide who takes the next step, and account for it; ``None`` ends the run."""
+        if self._stale:
+            self._ask(last)
         step, others = self.step, self.others(last)
         if not can and not others:
             self._stop(deadlock(self.live))
@@ -176,12 +212,13 @@ class Decisions:
         chosen.ran = step
         if self._watch is not None:
             self._watch.took(chosen)
-        before, shared = chosen.hash, chosen.shared
+        shared = chosen.shared
         chosen.hash = after = self.after_step(chosen)
-        self.state += after * after - before * before
         if shared is not None:
             if chosen.write:
                 self._cells[shared] = [after, 0]
+                if shared in self._watched:
+                    self._written()
             else:
                 self._cells.setdefault(shared, [hash(shared), 0])[1] += after * after
         return chosen
@@ -193,13 +230,18 @@ class Decisions:
         return [
             actor
             for actor in self.live
-            if actor is not last and (actor.until is None or actor.context.run(actor.until))
+            if actor is not last
+            and (
+                actor.until is None or (actor.can if actor.acts else actor.context.run(actor.until))
+            )
         ]
 
     def _switches(
         self, last: Actor | None, chosen: Actor, can: bool, enabled: Sequence[Actor]
     ) -> None:
         """Account for it that another goes on than ``last``."""
+        self.standing = self.state - chosen.hash * chosen.hash
+        self._moves = chosen
         self.fairness = self.fairness_after(chosen, () if can else enabled)
         if can:
             self._preemptions += 1

@@ -14,8 +14,8 @@ __all__ = ["Bound", "Item", "Link", "Part", "PartResult"]
 
 Link = tuple["Link | None", int, int]
 """A schedule: the one it deviates from, where, and how."""
-Item = tuple[int, int, Link | None]
-"""A schedule to run, and the keys of the decision that its last deviation leads to."""
+Item = tuple[int, Link | None]
+"""A schedule to run, and the key of the decision that its last deviation leads to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,13 +90,14 @@ class Run(NamedTuple):
 class Actor:
     """A thread of the world, and the step that it is about to take.
 
-    ``until`` is what it waits for, and ``acts`` whether that does something besides; ``ran`` the
-    number of its last step (not kept up in the first part of a schedule), ``passed`` how often it
-    was passed over since.
+    ``until`` is what it waits for, ``acts`` whether that does something besides, and ``can`` what
+    it has said then; ``ran`` the number of its last step (not kept up in the first part of a
+    schedule), ``passed`` how often it was passed over since.
     """
 
     __slots__ = (
         "acts",
+        "can",
         "carrier",
         "context",
         "function",
@@ -121,7 +122,7 @@ class Actor:
         self.shared: Hashable = None  # such a step touches nothing
         self.write = False
         self.until: Callable[[], bool] | None = None
-        self.acts = False
+        self.acts = self.can = False
         self.context = Context()
         self.carrier: greenlet | None = None
         self.ran = -1

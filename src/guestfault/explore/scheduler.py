@@ -13,7 +13,7 @@ What a world and the code in it may say to the scheduler that runs them:
 - ``preempt.preemption_point`` and ``preempt.wait``, under :func:`preempt.scheduled_by`.  ``until``
   of a wait is evaluated in its own actor's context (context variables, but not its stack) when a
   decision depends on it, while other actors stand at their points; one that ``acts`` is evaluated
-  before each decision.  A wait counts as a write of what it names;
+  before the decision that follows on a write of what it names.  A wait counts as a write itself;
 - :func:`choose`: what may turn out in several ways;
 - :func:`spawn`: a worker;
 - :func:`annotate`: a note for the trace, at the current step;
@@ -137,7 +137,7 @@ class Scheduler(Decisions):
                     else:
                         actor.carrier.throw(_Abandoned)
         self.failure = None
-        self._actors.clear()
+        self.actors.clear()
 
     def gone(self, actor: Actor) -> None:
         """The actor has ended."""
@@ -169,11 +169,14 @@ class Scheduler(Decisions):
             return  # unwinding
         step = self.step
         if step >= self._calm_until:
-            me.point, me.shared, me.write = name, shared, write
-            chosen = self._pick(me, True)
-            if chosen is not me:
-                self._go(chosen)
-            return
+            if self._stale:
+                self._ask(me)
+            if step >= self._calm_until:
+                me.point, me.shared, me.write = name, shared, write
+                chosen = self._pick(me, True)
+                if chosen is not me:
+                    self._go(chosen)
+                return
         # What follows is _pick() in short, for it is what most steps are.
         if step > self._last_deviation and self._at_point(self, me):
             self._end = End.CUT
@@ -189,11 +192,12 @@ class Scheduler(Decisions):
             if write:
                 after = hash((before, name, cell[0], cell[1]))
                 cell[0], cell[1] = after, 0
+                if self._watched and shared in self._watched:
+                    self._written()
             else:
                 after = hash((before, name, cell[0]))
                 cell[1] += after * after
         me.hash = after
-        self.state += after * after - before * before
 
     def wait(
         self, name: str, shared: Hashable, until: Callable[[], bool], acts: bool = False
@@ -208,11 +212,8 @@ class Scheduler(Decisions):
         if can and self.step < self._calm_until:
             self.point(name, shared, True)
             return
-        me.point, me.shared, me.write, me.until, me.acts = name, shared, True, until, acts
-        self.waiting += 1
-        if acts:
-            self._acting += 1
-            self._expect_calm()
+        me.point, me.shared, me.write = name, shared, True
+        self._waits(me, until, acts, can)
         chosen = self._pick(me, can)
         if chosen is not me:
             self._go(chosen)
@@ -239,9 +240,7 @@ class Scheduler(Decisions):
             self._stop(f"no end in {step} steps; the last: {me.name} chooses {name!r}")
             self._go(None)
         self.step = step + 1
-        before = me.hash
-        me.hash = after = self.after_choice(me, value, count)
-        self.state += after * after - before * before
+        me.hash = self.after_choice(me, value, count)
         if self.record is not None:
             self.record.append(Step(me.index, f"{name}: {value}", None, False, [], True))
         return value
@@ -251,9 +250,7 @@ class Scheduler(Decisions):
         me = self._current
         if me is None:
             return
-        before = me.hash
-        me.hash = after = hash((before, "spawns"))
-        self.state += after * after - before * before
+        me.hash = after = hash((me.hash, "spawns"))
         self._add(name, function, hash((after, name)))
 
     @property
@@ -263,7 +260,7 @@ class Scheduler(Decisions):
 
     def names(self) -> list[str]:
         """The actors' names by index, until the run is abandoned."""
-        return [actor.name for actor in self._actors]
+        return [actor.name for actor in self.actors]
 
     def _go(self, chosen: Actor | None) -> None:
         """Let ``chosen`` run, or none; returns when the caller is to run again."""

@@ -69,7 +69,7 @@ class Search:
         self.deadline: float | None = None
         self._worlds = Worlds(scenario, dialect)
         self._level = 0
-        self._items: list[Item] = [(0, 0, None)]
+        self._items: list[Item] = [(0, None)]
         self._next: list[Item] = []
 
     @property
@@ -134,7 +134,7 @@ class Search:
             return items
         known, unique = set(self.states), []
         for item in items:
-            if item[0] in known or item[1] in known:
+            if item[0] in known:
                 self.tally.skipped += 1
             else:
                 known.add(item[0])

@@ -107,12 +107,8 @@ class _Walk:
         stack, new, known, tally = self._stack, self._states, self._known, self._tally
         deadline, hashing = self._deadline, self._hashing
         while stack:
-            key, key_if_free, link = stack[-1]
-            if (
-                hashing
-                and link is not None
-                and (key in new or key in known or key_if_free in new or key_if_free in known)
-            ):
+            key, link = stack[-1]
+            if hashing and link is not None and (key in new or key in known):
                 tally.skipped += 1
                 stack.pop()
                 continue
@@ -155,7 +151,8 @@ class _Walk:
     def at_point(self, decisions: Decisions, actor: Actor) -> bool:
         """See :class:`guestfault.explore.decisions.Explorer`."""
         if self._hashing:
-            key = hash((decisions.state, actor.uid, decisions.fairness))
+            one = actor.hash  # this is decisions.state, sooner
+            key = hash((decisions.standing + one * one, actor.uid, decisions.fairness))
             new = self._states
             if key in new or key in self._known:
                 return True
@@ -185,6 +182,12 @@ class _Walk:
             if key in self._states or key in self._known:
                 return True
             self._states.add(key)
+            if not decisions.forced:
+                # Whoever cannot go on here has this decision before him, too, if he came here last.
+                # Who can has not: to go on by himself he need not pass the others over.
+                for actor in decisions.actors:
+                    if actor not in enabled:
+                        self._states.add(hash((state, actor.uid, fairness)))
         if len(others) < len(enabled):
             self._beyond = True
         default = next_in_turn(last, others)
@@ -211,13 +214,11 @@ class _Walk:
             after, before = decisions.after_step(actor), actor.hash
             then = state + after * after - before * before
             fairness = decisions.fairness_after(actor, passed)
-            key, key_if_free = hash((then, actor.uid, fairness)), hash((then, fairness))
-            if self._hashing and (
-                key in new or key in known or key_if_free in new or key_if_free in known
-            ):
+            key = hash((then, actor.uid, fairness))
+            if self._hashing and (key in new or key in known):
                 self._tally.skipped += 1
             else:
-                items.append((key, key_if_free, (link, step, actor.index)))
+                items.append((key, (link, step, actor.index)))
 
     def at_choice(self, decisions: Decisions, actor: Actor, count: int) -> bool:
         """See :class:`guestfault.explore.decisions.Explorer`."""
@@ -231,8 +232,7 @@ class _Walk:
             after, before = decisions.after_choice(actor, value, count), actor.hash
             then = state + after * after - before * before
             key = hash((then, actor.uid, decisions.fairness))
-            key_if_free = hash((then, decisions.fairness))
-            self._stack.append((key, key_if_free, (link, step, value)))
+            self._stack.append((key, (link, step, value)))
         return False
 
 

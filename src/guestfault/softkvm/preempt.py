@@ -50,7 +50,8 @@ class Scheduler(Protocol):
     ) -> None:
         """The calling thread cannot go on before ``until()``, which depends on ``shared``.
 
-        If it ``acts``, it is to be called again and again; else when there is need to know.
+        If it ``acts``, it is to be called after each write of ``shared``; else when there is need
+        to know.
         """
 
 
@@ -72,8 +73,8 @@ def wait(name: str, shared: Hashable, until: Callable[[], bool], *, acts: bool =
     """Return once ``until()``; what it depends on is ``shared``.
 
     For waits that are short, or rare: without a scheduler it looks again every 20 microseconds.
-    ``until`` changes nothing, unless it ``acts``: then it is called in between whatever others do,
-    and what it does must do no harm when repeated.
+    ``until`` changes nothing, unless it ``acts``: then it is called again and again, at least after
+    whatever others do to ``shared``, and what it does must do no harm when repeated.
     """
     if scheduler is not None:
         scheduler.wait(name, shared, until, acts)
