@@ -22,7 +22,7 @@ from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.snapshot import Snapshot, build, save
 from guestfault.guest.walk import Walk
 from guestfault.kvm.system import KvmSystem
-from guestfault.linux.userfaultfd import Userfaultfd
+from guestfault.linux.userfaultfd import Feature, Userfaultfd
 
 MAIN = "import sys; from guestfault.cli.main import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "run"]
@@ -535,3 +535,57 @@ def test_ctrl_c_while_a_guest_is_made_ends_it_and_leaves_nothing(tmp_path: Path)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a page that is broken -------------------------------------------------------------------------
+
+POISONED = """
+import sys
+from guestfault.cli.main import main
+from guestfault.vmm.session import Session
+
+offset = int(sys.argv.pop(1))
+run = Session.run
+
+def on_broken_memory(session, *watch):
+    hva = session.ram.guest.address + offset
+    assert session.view.uffd.poison(hva, 4096).done == 4096
+    return run(session, *watch)
+
+Session.run = on_broken_memory
+sys.exit(main())
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", ["exit", "uffd"])
+@pytest.mark.parametrize("kvm", [("--kvm", "soft", "--dialect", "linux-6.8"), ("--kvm", "kvm")])
+def test_a_page_that_is_broken_ends_the_run_with_its_name(
+    taken: Snapshot, kvm: tuple[str, ...], mode: str
+) -> None:
+    if "kvm" in kvm:
+        need_kvm()
+    try:
+        Userfaultfd.open(required=Feature.POISON, user_mode_only=mode == "exit").close()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    gpa = taken.memory_size - 4096
+    command = [sys.executable, "-c", POISONED, str(gpa), "run", *kvm, "--mode", mode]
+    # One page at a time: with its neighbours a page may come in before the guest asks for it.
+    command += ["--fault-around", "off", str(taken.path)]
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+        )
+        assert done.returncode == 2, done
+        what = done.stderr.splitlines()[-1]
+        assert re.match(r"guestfault: vCPU [01] at rip 0x[0-9a-f]+: KVM sent SIGBUS: ", what)
+        assert f"gpa {gpa:#x}"[:-3] in what
+        assert "is poisoned: broken memory, or declared so by UFFDIO_POISON" in what
+        if more:
+            document = json.loads(done.stdout)
+            assert document["verdict"] == "not done"
+            assert document["lost_pages"][0]["gpa"] == gpa
+            assert document["failure"] == what.removeprefix("guestfault: ")
+        else:
+            assert f"lost pages         gpa {gpa:#x} (accessed by vCPU" in done.stdout

@@ -34,12 +34,14 @@ from guestfault.fault.outcome import (
     MemoryFault,
     Mmio,
     Outcome,
+    Poisoned,
     RamMmio,
     Shutdown,
     SystemEvent,
     Unknown,
     outcome,
 )
+from guestfault.linux.sigbus import Sigbus
 from guestfault.uapi import kvm as uapi
 
 SIZE = 2352
@@ -240,6 +242,19 @@ def test_stale_annotation_after_a_bare_fault():
         assert outcome(ret, run, LINUX_6_8) == expected
     run.exit_reason = uapi.KVM_EXIT_UNKNOWN
     assert outcome(-EFAULT, run, LINUX_6_8) == BareFault(EFAULT)
+
+
+@given(pages, rets, interfaces, st.integers(0, 2**47), st.integers(0, 30), st.booleans())
+def test_a_signal_belongs_to_an_interrupted_run_and_to_no_other(
+    page, ret, interface, address, lsb, required
+):
+    """Invariant: what KVM_RUN itself reports is never hidden by a signal that was pending too."""
+    run = kvm_run_of(page)
+    found = outcome(ret, run, interface, sigbus=Sigbus(address, lsb, required))
+    if ret == -EINTR:
+        assert found == Poisoned(address, lsb, required)
+    else:
+        assert found == outcome(ret, run, interface)
 
 
 def test_mmio_is_ram_only_where_the_caller_knows_a_slot():

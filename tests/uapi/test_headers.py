@@ -20,12 +20,13 @@ from types import ModuleType
 
 import pytest
 
-from guestfault.uapi import kvm, kvm_para, mman, perf, userfaultfd
+from guestfault.uapi import kvm, kvm_para, mman, perf, signal, userfaultfd
 
-MODULES = [kvm, kvm_para, mman, perf, userfaultfd]
+MODULES = [kvm, kvm_para, mman, perf, signal, userfaultfd]
 HEADERS = [
     "asm/kvm_para.h",
     "asm/mman.h",
+    "asm/siginfo.h",
     "asm/unistd.h",
     "linux/falloc.h",
     "linux/kvm.h",

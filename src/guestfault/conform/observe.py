@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import signal
 from typing import Any
 
 from guestfault.conform import places
@@ -27,6 +28,7 @@ from guestfault.fault.outcome import (
     outcome,
 )
 from guestfault.kvm.protocols import Vcpu
+from guestfault.linux.sigbus import SigbusHeld, take_sigbus
 from guestfault.uapi import kvm as uapi
 from guestfault.x86.registers import EXCEPTION_NAMES
 
@@ -43,6 +45,8 @@ class Observer:
 
     def __init__(self, bench: Bench, vcpu: Vcpu) -> None:
         self._bench, self.vcpu = bench, vcpu
+        self.signals: list[str] = []
+        vcpu.set_interrupting_signals({signal.SIGBUS})
         self._answer: tuple[int, bytes] | None = None
         self._owed = False
         self.value: int | None = None
@@ -115,7 +119,15 @@ class Observer:
             vcpu.run_area[at : at + len(data)] = data
             self._answer = None
         self._before = union_of(vcpu)
-        self._watched = Watched(vcpu.run)
+        self._watched = Watched(self._run_holding_sigbus)
+
+    def _run_holding_sigbus(self) -> int:
+        """On the thread that KVM tells of broken memory."""
+        with SigbusHeld():
+            ret = self.vcpu.run()
+            while take_sigbus() is not None:
+                self.signals.append(signal.SIGBUS.name)
+        return ret
 
     def _await(self, soft_patience: float = PATIENCE) -> dict[str, Any] | None:
         """``None`` once it has come back, else where it sleeps."""

@@ -64,7 +64,7 @@ def run_case(system: System, case: Case, *, hostile: bool = False) -> Result:
     """
     if case.condition.hostile and not hostile:
         return _skipped(case, "it costs the machine a page of memory: in the lab only")
-    # The software KVM sends nobody a signal; and it has threads, which a child would not.
+    # The software KVM has threads, which a child would not, and breaks no memory.
     if case.in_child and isinstance(system, KvmSystem):
         return _in_child(system, case)
     return _here(system, case)
@@ -120,7 +120,7 @@ def _in_child(system: System, case: Case) -> Result:
 
 
 def _with_sigbus(system: System, case: Case) -> Result:
-    """Run it with a handler for the signal of broken memory, which is recorded."""
+    """Run it with a handler for SIGBUS, which comes to who breaks memory before any vCPU does."""
     # Whoever touches broken memory in an instruction of his own does so for ever, handler or not.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_CHILD_SECONDS)
@@ -128,5 +128,5 @@ def _with_sigbus(system: System, case: Case) -> Result:
     signal.signal(signal.SIGBUS, lambda number, _: received.append(signal.Signals(number).name))
     result = _here(system, case)
     signal.alarm(0)
-    result.signals = received
+    result.signals = received + result.signals
     return result

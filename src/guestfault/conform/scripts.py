@@ -121,6 +121,7 @@ def _word(phase: Phase) -> str:
 
 def _judged(result: Result, observer: Observer, bench: Bench, condition: Condition) -> Result:
     """Fill in how it ended."""
+    result.signals = observer.signals
     access, value = bench.access, observer.value
     looked_at = access.memory[0] if access.memory else access.at
     memory = bench.word(looked_at)
@@ -175,7 +176,9 @@ def two_vcpus(system: System, condition: Condition, access: Access, mode: Mode) 
         if words[0] != COMPLETES:
             phases.append(_settled(both[0], both[0].phase("vcpu 0: mended"), bench))
         word = words[0] if words[0] == words[1] else " + ".join(words)
-        return _judged(Result("", word, phases), both[0], bench, condition)
+        result = _judged(Result("", word, phases), both[0], bench, condition)
+        result.signals = both[0].signals + both[1].signals
+        return result
 
 
 def conversion(system: System, condition: Condition, access: Access, mode: Mode) -> Result:

@@ -23,6 +23,7 @@ class FoundBy(enum.StrEnum):
     TRACEPOINT = "tracepoint"  # a tracepoint of KVM's on the vCPU's own thread
     DECODE = "decode"  # the instruction at RIP, and what of it the host cannot give
     MMIO = "mmio"  # KVM_EXIT_MMIO on an address that is RAM
+    SIGNAL = "signal"  # SIGBUS, with the host's address of a page that is broken
 
 
 class Access(NamedTuple):

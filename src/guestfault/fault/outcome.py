@@ -25,6 +25,11 @@ the failed access for device I/O, and ``KVM_RUN`` *succeeds* with ``KVM_EXIT_MMI
 that lies inside a memory slot.  A VMM that answers such a read with zeros corrupts its guest
 silently.
 
+**A page that is broken** comes out elsewhere altogether: the thread is sent a SIGBUS, and KVM_RUN
+fails with -EINTR as if somebody had kicked the vCPU.  Whoever runs vCPUs takes that signal
+(:func:`guestfault.linux.sigbus.take_sigbus`) and passes it on to :func:`outcome`, which then has a
+:class:`Poisoned` for it.
+
 The result of the ioctl decides before ``exit_reason`` does: after a failure, ``exit_reason`` means
 something only in the one combination that the
 :class:`~guestfault.dialect.interface.MemoryFaultInterface` names, and after a success only the
@@ -41,6 +46,7 @@ from typing import TypeAlias
 
 from guestfault.dialect.interface import EHWPOISON, MemoryFaultInterface, Payload
 from guestfault.dialect.unmerged import kvm_run_v5
+from guestfault.linux.sigbus import Sigbus
 from guestfault.uapi import kvm as uapi
 
 __all__ = [
@@ -54,6 +60,7 @@ __all__ = [
     "MemoryFault",
     "Mmio",
     "Outcome",
+    "Poisoned",
     "RamMmio",
     "Shutdown",
     "SystemEvent",
@@ -87,6 +94,19 @@ class BareFault:
     """
 
     errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class Poisoned:
+    """The guest accessed a page that is lost: ``2**lsb`` bytes of host memory around ``hva``.
+
+    The vCPU stands before the instruction and will not get past it.  Without ``action_required``
+    nobody has accessed the page yet, and the vCPU can run on until the guest does.
+    """
+
+    hva: int
+    lsb: int
+    action_required: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +220,7 @@ class Unknown:
 Outcome: TypeAlias = (
     MemoryFault
     | BareFault
+    | Poisoned
     | Mmio
     | RamMmio
     | Io
@@ -219,6 +240,7 @@ def outcome(
     kvm_run: uapi.kvm_run,
     interface: MemoryFaultInterface | None,
     in_slot: Callable[[int], bool] | None = None,
+    sigbus: Sigbus | None = None,
 ) -> Outcome:
     """Say what a ``KVM_RUN`` came to; reads ``kvm_run`` once and keeps nothing of it.
 
@@ -226,6 +248,7 @@ def outcome(
     ``interface`` is how this KVM reports memory faults, from
     :func:`guestfault.dialect.interface.probe`.  ``in_slot`` tells whether a guest physical address
     lies in a memory slot; without it no :class:`Mmio` can be recognised as a :class:`RamMmio`.
+    ``sigbus`` is the signal that was pending after the run, if one was.
 
     Raises :class:`ValueError` for a positive ``ret`` (an errno with its sign lost),
     :class:`TypeError` under an interface with a second union for a view of ``kvm_run`` that is not
@@ -236,6 +259,8 @@ def outcome(
         raise ValueError(f"KVM_RUN returns 0 or a negative errno, not {ret}")
     exit_reason = kvm_run.exit_reason
     if ret == -errno.EINTR:
+        if sigbus is not None:
+            return Poisoned(sigbus.address, sigbus.lsb, sigbus.action_required)
         return Interrupted()
     if interface is not None and interface.is_memory_fault(ret, exit_reason, kvm_run.flags):
         if interface.payload is _UNION:

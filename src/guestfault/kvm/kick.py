@@ -21,6 +21,12 @@ Together, without a handler:
 Other signals get through as they would without KVM: the mask inside is the thread's own when it
 first ran the vCPU, less this signal.  One that it blocks later still ends its runs.
 
+**The same means serve SIGBUS**, by which KVM tells the thread that an access met broken memory
+(:mod:`guestfault.linux.sigbus`): blocked in the thread, open inside, it ends the run and is still
+pending when the run has ended, to be taken with all that it says (:meth:`KickSwitch.open`).  For a
+thread that blocks it and does not open it here KVM_RUN never ends: KVM sends the signal, enters the
+guest again because none can be delivered, meets the same page, and so on until it is kicked.
+
 What follows is the promise of :meth:`~guestfault.kvm.protocols.Vcpu.kick`: after a kick, -EINTR is
 returned at least once.  Kicks that meet in one run are one.
 """
@@ -30,6 +36,7 @@ from __future__ import annotations
 import errno
 import signal
 import threading
+from collections.abc import Iterable
 from ctypes import byref
 
 from guestfault.kvm.call import kvm_call
@@ -62,6 +69,7 @@ class KickSwitch:
         # order their assignments so that it finds a state in which its kick is not lost.
         self._lock = threading.RLock()
         self._masked_for: object = None
+        self._open = {KICK_SIGNAL}
         self._inside: int | None = None
         self._kicked = False
         self._signalled = False
@@ -74,6 +82,11 @@ class KickSwitch:
             if self._inside is not None and not self._signalled:
                 self._signalled = True
                 signal.pthread_kill(self._inside, KICK_SIGNAL)
+
+    def open(self, signals: Iterable[signal.Signals]) -> None:
+        """From the next run on: these end a run even where its thread blocks them."""
+        self._open = {KICK_SIGNAL, *signals}
+        self._masked_for = None
 
     def enter(self, fd: int) -> None:
         """Before ``KVM_RUN`` on the vCPU's ``fd``, in the thread that will issue it."""
@@ -95,7 +108,7 @@ class KickSwitch:
 
     def _mask_this_thread(self, fd: int) -> None:
         """Block the signal in this thread, and let it through in this thread's ``KVM_RUN``."""
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - {KICK_SIGNAL}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - self._open
         sigset = sum(1 << (number - 1) for number in blocked)
         mask = uapi.flexible(uapi.kvm_signal_mask, _KERNEL_SIGSET_SIZE)(len=_KERNEL_SIGSET_SIZE)
         mask.sigset[:] = sigset.to_bytes(_KERNEL_SIGSET_SIZE, "little")

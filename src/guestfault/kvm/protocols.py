@@ -11,6 +11,7 @@ through :func:`guestfault.fault.outcome.outcome` only: most fields are stale mos
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from signal import Signals
 from typing import Protocol
 
 from guestfault.uapi import kvm as uapi
@@ -41,6 +42,14 @@ class Vcpu(Protocol):
 
         It sets ``kvm_run.immediate_exit``, and the :meth:`run` that returns the -EINTR clears it.
         Kicks that meet in one run are one.
+        """
+
+    def set_interrupting_signals(self, signals: Iterable[Signals]) -> None:
+        """Signals that end a :meth:`run` with -EINTR even where the running thread blocks them.
+
+        They are pending then.  Set it for SIGBUS before a thread runs the vCPU that holds it
+        (:class:`guestfault.linux.sigbus.SigbusHeld`): an access to broken memory would else be made
+        again for ever.  It holds for every run after this, and not for one in progress.
         """
 
     def get_regs(self) -> uapi.kvm_regs:
@@ -115,6 +124,40 @@ class Vm(Protocol):
         slot that overlaps another in guest physical memory.
         """
 
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+        guest_memfd: int = 0,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """``KVM_SET_USER_MEMORY_REGION2`` (``KVM_CAP_USER_MEMORY2``): the same, and a guest_memfd.
+
+        ``guest_memfd`` is a file descriptor that counts only with ``KVM_MEM_GUEST_MEMFD`` in
+        ``flags``; ``userspace_addr`` is then where the slot's *shared* pages lie.  A slot with one
+        can be deleted, and not changed.
+
+        Raises :class:`~guestfault.errors.KvmError`: ENOTTY where there is no such ioctl, EBADF for
+        a descriptor that is none, EINVAL for a part of the file that another slot has.
+        """
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """``KVM_CREATE_GUEST_MEMFD`` of ``size`` bytes: a file descriptor, which the caller closes.
+
+        ``flags`` are ``GUEST_MEMFD_FLAG_*``, as far as ``KVM_CAP_GUEST_MEMFD_FLAGS`` has them.
+        With the last reference to the file its memory goes, from under the slots that have it.
+        """
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
+        """``KVM_SET_MEMORY_ATTRIBUTES`` of ``[address, address + size)`` of guest physical memory.
+
+        ``attributes`` are ``KVM_MEMORY_ATTRIBUTE_*``, as far as ``KVM_CAP_MEMORY_ATTRIBUTES`` has
+        them: that depends on the VM's type.
+        """
+
     def set_mem_fault_nowait(self, state: bool) -> None:
         """``KVM_SET_MEM_FAULT_NOWAIT``: whether guest faults in every slot fail rather than wait.
 
@@ -154,8 +197,12 @@ class System(Protocol):
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``: 0 if absent, else 1 or the capability's number."""
 
-    def create_vm(self) -> Vm:
-        """``KVM_CREATE_VM``."""
+    def create_vm(self, vm_type: int = uapi.KVM_X86_DEFAULT_VM) -> Vm:
+        """``KVM_CREATE_VM`` of a type ``KVM_X86_*_VM``.
+
+        Raises :class:`~guestfault.errors.KvmError` (EINVAL) for one that there is not
+        (``KVM_CAP_VM_TYPES`` is the bit mask of those that there are).
+        """
 
     def close(self) -> None:
         """Release the system's file descriptor."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import Structure, byref
 from typing import Any
@@ -85,6 +86,10 @@ class KvmVcpu:
         set without a kick stays until the caller clears it, as in the kernel.
         """
         self._kicks.kick()
+
+    def set_interrupting_signals(self, signals: Iterable[signal.Signals]) -> None:
+        """``KVM_SET_SIGNAL_MASK``, at the next :meth:`run`: what is open in it, come what may."""
+        self._kicks.open(signals)
 
     def get_regs(self) -> uapi.kvm_regs:
         """``KVM_GET_REGS``, a copy."""

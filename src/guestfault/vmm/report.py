@@ -10,7 +10,15 @@ from guestfault.paging.ahead import Ahead, AheadCount
 from guestfault.paging.histogram import LatencyHistogram
 from guestfault.vmm.session import Session
 
-__all__ = ["AheadReport", "Latency", "PrefetchReport", "Report", "VcpuReport", "report"]
+__all__ = [
+    "AheadReport",
+    "Latency",
+    "LostPage",
+    "PrefetchReport",
+    "Report",
+    "VcpuReport",
+    "report",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,20 @@ class PrefetchReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LostPage:
+    """A page of broken memory that KVM sent ``vcpu``'s thread SIGBUS for.
+
+    ``accessed``: by this vCPU, which cannot get past it.  ``gpa`` is ``None`` for a page of the
+    process's that is none of the guest's.
+    """
+
+    vcpu: int
+    gpa: int | None
+    hva: int | None
+    accessed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class VcpuReport:
     """One vCPU: its faults by shape, its result, and where it stands if it is not done."""
 
@@ -106,6 +128,7 @@ class Report:
     seconds: float
     latency: Latency
     vcpus: tuple[VcpuReport, ...]
+    lost_pages: tuple[LostPage, ...]
     memory_right: bool | None
     verdict: str
     failure: str | None
@@ -171,6 +194,11 @@ def report(session: Session, seconds: float) -> Report:
         seconds=seconds,
         latency=Latency.of(LatencyHistogram.merge(histograms)),
         vcpus=tuple(vcpus),
+        lost_pages=tuple(
+            LostPage(i, page.gpa, page.hva, accessed)
+            for i, loop in enumerate(session.vcpus)
+            for page, accessed in loop.lost.items()
+        ),
         memory_right=memory_right,
         verdict=_verdict(done, tuple(vcpus), memory_right),
         failure=None if session.failure is None else _failure(session),

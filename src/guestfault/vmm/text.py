@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guestfault.vmm.report import AheadReport, Latency, Report, VcpuReport
+from guestfault.vmm.report import AheadReport, Latency, LostPage, Report, VcpuReport
 
 __all__ = ["as_text"]
 
@@ -23,6 +23,8 @@ def as_text(r: Report) -> str:
     if any(v.bare for v in r.vcpus):
         rows.append(("named by", _named(r)))
     rows += [(f"vCPU {v.vcpu}", _vcpu(v)) for v in r.vcpus]
+    if r.lost_pages:
+        rows.append(("lost pages", ", ".join(map(_lost, r.lost_pages))))
     if r.memory_right is not None:
         rows.append(("memory", "as expected" if r.memory_right else "NOT as expected"))
     if r.failure is not None:
@@ -103,6 +105,11 @@ def _vcpu(v: VcpuReport) -> str:
     if v.checksum == v.expected:
         return f"done, checksum {v.checksum:#018x} is right"
     return f"done, checksum {v.checksum:#018x} is WRONG: {v.expected:#018x} was expected"
+
+
+def _lost(page: LostPage) -> str:
+    where = f"hva {page.hva:#x}" if page.gpa is None else f"gpa {page.gpa:#x}"
+    return f"{where} ({'accessed by' if page.accessed else 'told to'} vCPU {page.vcpu})"
 
 
 def _count(n: int, what: str) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno as _errno
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 from guestfault.dialect.interface import MemoryFaultInterface
 from guestfault.errors import GuestfaultError
 from guestfault.fault.access import Access, AccessKind
+from guestfault.fault.cause.why import why
 from guestfault.fault.locate.chain import Locators
+from guestfault.fault.locate.poison import from_poison
 from guestfault.fault.outcome import (
     BareFault,
     Hlt,
@@ -17,11 +21,13 @@ from guestfault.fault.outcome import (
     Interrupted,
     Io,
     MemoryFault,
+    Poisoned,
     RamMmio,
     Shutdown,
     outcome,
 )
 from guestfault.kvm.protocols import Vcpu
+from guestfault.linux.sigbus import SigbusHeld, take_sigbus
 from guestfault.memory.slots import SlotMap
 from guestfault.paging.guard import FaultLoopError
 from guestfault.paging.resolver import FaultResolver
@@ -29,7 +35,7 @@ from guestfault.paging.watchdog import Watchdog
 from guestfault.vmm.arming import TracepointArming
 from guestfault.vmm.compiled import Compiled
 from guestfault.vmm.console import GuestConsole
-from guestfault.vmm.errors import GuestStoppedError, UnlocatedFaultError
+from guestfault.vmm.errors import GuestStoppedError, PoisonedPageError, UnlocatedFaultError
 
 __all__ = ["VcpuLoop"]
 
@@ -40,6 +46,8 @@ class VcpuLoop:
     ``stopping`` is asked after every interruption: with it, a failed access too is an effect of the
     stop and not a fault.  Without ``locators`` a bare failure stays without a name, and stops it.
     With ``compiled`` most failed accesses are resolved before they come here.
+
+    The thread that runs it holds SIGBUS meanwhile (:mod:`guestfault.linux.sigbus`).
     """
 
     def __init__(
@@ -66,6 +74,9 @@ class VcpuLoop:
         self._unanswered: RamMmio | None = None
         self._silent: tuple[int, Access] | None = None
         self.watchdog = Watchdog()
+        self.lost: dict[Access, bool] = {}
+        """Pages that KVM sent SIGBUS for in this run, and whether the vCPU had accessed them."""
+        vcpu.set_interrupting_signals({signal.SIGBUS})
 
     def run(self) -> bool:
         """Run the vCPU; whether its guest is done.
@@ -75,10 +86,12 @@ class VcpuLoop:
         is answered then.
         """
         self.error = None
+        self.lost.clear()
         self._got_on()  # what stopped it last may have been mended
         try:
-            while not self.console.done and not self._stopping():
-                self._once()
+            with SigbusHeld():
+                while not self.console.done and not self._stopping():
+                    self._once()
         except GuestfaultError as error:
             self.error = error
         finally:
@@ -101,7 +114,8 @@ class VcpuLoop:
         if ret is None:  # nothing but faults that have been resolved
             self.watchdog.progress()
             return
-        match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot):
+        sigbus = take_sigbus() if ret == -_errno.EINTR else None
+        match outcome(ret, vcpu.kvm_run, self._interface, self._in_slot, sigbus):
             case MemoryFault() as fault:
                 if not self._stopping():
                     self.resolver.resolve_annotated(fault)
@@ -113,6 +127,8 @@ class VcpuLoop:
             case Interrupted():
                 if not self._stopping():
                     self._look_for_progress()
+            case Poisoned() as poisoned:
+                self._poisoned(poisoned)
             case BareFault() as bare:
                 if not self._stopping():
                     self._bare(bare)
@@ -141,6 +157,23 @@ class VcpuLoop:
         if self._arming is not None:
             self._arming.bare_fault()
         self.resolver.resolve_bare(fault, self._locators.locate(fault))
+
+    def _poisoned(self, poisoned: Poisoned) -> None:
+        """Told while it is being stopped, too: a page that is lost is no effect of that."""
+        # The RAM is mapped twice, and the kernel that finds memory broken by itself (not in a
+        # KVM_RUN) names either place (collect_procs, mm/memory-failure.c).
+        ram = self.resolver.pager.ram
+        offset = poisoned.hva - ram.host.address
+        if 0 <= offset < ram.size:
+            poisoned = replace(poisoned, hva=ram.guest.address + offset)
+        access = from_poison(poisoned, self._slots)
+        self.lost[access] = poisoned.action_required
+        if poisoned.action_required:
+            if self._locators is not None:
+                access = self._locators.locate(poisoned)[0]
+            cause = why(access, poisoned)
+            raise PoisonedPageError(self.vcpu.vcpu_id, self.rip, access, cause)
+        # Nobody has accessed it.  It may be overwritten as a whole before anybody does.
 
     def _internal_error(self, error: InternalError) -> None:
         """KVM's emulator gave an instruction up: perhaps because it could not fetch it."""

@@ -15,7 +15,7 @@ from guestfault.fault.access import AccessKind
 from guestfault.fault.cause.evidence import ABSENT, Evidence
 from guestfault.fault.cause.judge import judge
 from guestfault.fault.cause.record import Kind, Remedy
-from guestfault.fault.outcome import BareFault, MemoryFault
+from guestfault.fault.outcome import BareFault, MemoryFault, Poisoned
 from guestfault.linux import vma
 from guestfault.linux.cgroup import Limit
 from guestfault.linux.hugetlb import Pool
@@ -167,6 +167,24 @@ def test_private_memory_that_no_slot_holds() -> None:
 def test_broken_memory_by_the_errno_alone() -> None:
     (cause,) = judge(evidence(SHM, failure=MemoryFault(0x1000, PAGE, 0, EHWPOISON)))
     assert (cause.kind, cause.resolvable) == (Kind.HWPOISON, False)
+
+
+@pytest.mark.parametrize("shift", [-(1 << 12), 0, 0x20, 1 << 12])
+def test_broken_memory_by_the_signal_alone(shift: int) -> None:
+    """It names a page; of an access over two, the other may be whatever it is."""
+    (mapping,) = vma.parse(UFFD)
+    known = evidence(UFFD, failure=Poisoned(mapping.start + 0x3000 + shift, 12), has_page=False)
+    (cause,) = judge(known)
+    is_it = 0 <= shift < 1 << 12
+    assert (cause.kind is Kind.HWPOISON) is is_it
+    assert cause.certain
+
+
+def test_broken_memory_whose_mapping_has_gone_since() -> None:
+    known = Evidence(hva=0x7F1000003008, kind=READ, failure=Poisoned(0x7F1000000000, 21))
+    (cause,) = judge(known)
+    assert (cause.kind, cause.certain) == (Kind.HWPOISON, True)
+    assert "the page at 0x7f1000003008 is poisoned" in cause.what
 
 
 def test_an_unknown_kind_of_access_leaves_read_and_write_open() -> None:

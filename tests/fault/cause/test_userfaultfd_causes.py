@@ -5,16 +5,19 @@ With ``UFFD_FEATURE_SIGBUS`` an access fails where it would else sleep until it 
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
-from guestfault.dialect.interface import EHWPOISON
 from guestfault.fault.access import Access, AccessKind, FoundBy
 from guestfault.fault.cause.record import Kind, Remedy
 from guestfault.fault.cause.why import why
-from guestfault.fault.outcome import BareFault, Io
+from guestfault.fault.outcome import BareFault, Io, Poisoned
+from guestfault.linux.ioctl import call, libc
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
 from guestfault.linux.userfaultfd import Feature, Mode
+from guestfault.uapi import mman
 
 PAGE = 4096
 READ, WRITE = AccessKind.READ, AccessKind.WRITE
@@ -123,18 +126,40 @@ def test_missing_comes_before_write_protected(machine, ram, open_uffd):
     assert isinstance(again, Io)
 
 
-def test_poison_as_the_software_kvm_reports_it(machine, kvm, ram, open_uffd):
-    if kvm != "softkvm":
-        pytest.skip("KVM answers poison with SIGBUS, not with a result of KVM_RUN")
+@pytest.mark.parametrize("kind", [READ, WRITE])
+def test_poison(machine, ram, open_uffd, kind):
     uffd = open_uffd(SHMEM | Feature.POISON)
     uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
-    assert uffd.poison(ram.guest.address, PAGE).done == PAGE
+    assert uffd.poison(ram.guest.address + PAGE, PAGE).done == PAGE
     machine.back(ram.guest.address, ram.size)
-    failure = machine.access(READ)
-    assert failure == BareFault(EHWPOISON)
+    machine.prepare(kind, PAGE)
+    failure = machine.run_holding_sigbus()
+    assert failure == Poisoned(ram.guest.address + PAGE, 12, action_required=True)
     (cause,) = machine.causes(failure)
-    assert (cause.kind, cause.by, cause.resolvable) == (Kind.HWPOISON, Remedy.NONE, False)
-    assert machine.run() == failure, "it is met again"
+    assert (cause.kind, cause.by, cause.certain) == (Kind.HWPOISON, Remedy.NONE, True)
+    assert f"the page at {failure.hva:#x} in the mapping" in cause.what
+    assert machine.run_holding_sigbus() == failure, "it is met again"
+    # What the account says of a new page is so.
+    madvise = libc.madvise, ctypes.c_void_p(failure.hva), ctypes.c_size_t(PAGE), mman.MADV_DONTNEED
+    assert call(*madvise) == 0
+    ram.host.view()[PAGE : 2 * PAGE] = b"\x5a" * PAGE
+    assert uffd.continue_(failure.hva, PAGE).done == PAGE
+    assert isinstance(machine.run_holding_sigbus(), Io)
+
+
+def test_of_two_pages_the_one_that_the_signal_names_is_poisoned(machine, ram, open_uffd):
+    uffd = open_uffd(SHMEM | Feature.POISON)
+    uffd.register(ram.guest.address, ram.size, Mode.MISSING | Mode.MINOR)
+    assert uffd.poison(ram.guest.address + PAGE, PAGE).done == PAGE
+    ram.host.view()[:PAGE] = bytes(PAGE)
+    assert uffd.continue_(ram.guest.address, PAGE).done == PAGE
+    machine.back(ram.guest.address, ram.size)
+    machine.prepare(READ, PAGE - 4)
+    failure = machine.run_holding_sigbus()
+    assert failure == Poisoned(ram.guest.address + PAGE, 12, action_required=True)
+    (cause,) = machine.causes(failure)
+    assert (cause.kind, cause.certain) == (Kind.HWPOISON, True)
+    assert f"the page at {failure.hva:#x}" in cause.what
 
 
 def test_a_poison_marker_is_seen_without_any_errno(ram, open_uffd):

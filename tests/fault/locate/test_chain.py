@@ -12,8 +12,17 @@ from guestfault.fault.access import Access, AccessKind, FoundBy
 from guestfault.fault.locate.chain import Locators
 from guestfault.fault.locate.decode import DecodeLocator
 from guestfault.fault.locate.host_view import HostView
+from guestfault.fault.locate.poison import from_poison
 from guestfault.fault.locate.residency import HostResidency
-from guestfault.fault.outcome import BareFault, Hlt, MemoryFault, Outcome, RamMmio, outcome
+from guestfault.fault.outcome import (
+    BareFault,
+    Hlt,
+    MemoryFault,
+    Outcome,
+    Poisoned,
+    RamMmio,
+    outcome,
+)
 from guestfault.memory.ram import PAGE_SIZE, GuestRam
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.memory.view import Protected
@@ -103,3 +112,35 @@ def test_mmio_on_ram_names_itself(guest: Callable[[str], Guest]) -> None:
     (access,) = locators.locate(RamMmio(DATA + 8, b"\1\2", 2, True))
     assert (access.found_by, access.gpa, access.size) == (FoundBy.MMIO, DATA + 8, 2)
     assert access.kind is AccessKind.WRITE
+
+
+def test_of_a_broken_page_the_instruction_is_told_if_it_goes_there(
+    guest: Callable[[str], Guest],
+) -> None:
+    one = guest("linux-6.8")
+    assert isinstance(one.run(), BareFault)
+    locators = Locators(one.vcpu, one.slots, one.decode, lambda: pytest.fail("not to be asked"))
+    hva = one.ram.guest.address + DATA
+    (access,) = locators.locate(Poisoned(hva, 12))
+    assert (access.found_by, access.gpa, access.hva) == (FoundBy.SIGNAL, DATA, hva)
+    assert (access.kind, access.size, access.instruction) == (AccessKind.READ, 2, "mov ax, [bx]")
+    assert access.certain
+    # A page that the instruction has nothing to do with, and one that nobody has accessed.
+    for other in (Poisoned(hva - PAGE_SIZE, 12), Poisoned(hva, 12, action_required=False)):
+        (access,) = locators.locate(other)
+        assert access == from_poison(other, one.slots)
+        assert access.instruction is None
+
+
+def test_a_broken_page_is_where_the_slots_show_it() -> None:
+    slots = SlotMap()
+    slots.add(MemorySlot(0x10000, 4 * PAGE_SIZE, 0x7F0000000000, 3))
+    access = from_poison(Poisoned(0x7F0000002000, 12), slots)
+    assert (access.gpa, access.size, access.certain) == (0x12000, PAGE_SIZE, True)
+    assert access.slot is not None
+    assert access.slot.slot == 3
+    # Of a huge page, the address is of the small page that was met, or of a byte in it.
+    access = from_poison(Poisoned(0x7F0000002123, 21), slots)
+    assert (access.gpa, access.hva) == (0x12000, 0x7F0000002000)
+    elsewhere = from_poison(Poisoned(0x7F0000004000, 12), slots)
+    assert (elsewhere.gpa, elsewhere.slot, elsewhere.hva) == (None, None, 0x7F0000004000)

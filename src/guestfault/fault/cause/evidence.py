@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guestfault.fault.access import Access, AccessKind
-from guestfault.fault.outcome import BareFault, MemoryFault, RamMmio
+from guestfault.fault.outcome import BareFault, MemoryFault, Poisoned, RamMmio
 from guestfault.linux import vma as vma_module
 from guestfault.linux.cgroup import Limit, hugetlb_limits, memory_limits
 from guestfault.linux.hugetlb import POOLS, Pool, pools
@@ -29,7 +29,7 @@ __all__ = ["ABSENT", "Evidence", "Failure", "gather"]
 ABSENT = PageState(present=False, swapped=False, file=False, soft_dirty=False, uffd_wp=False)
 """The page table entry of a page that is not mapped in."""
 
-Failure = MemoryFault | BareFault | RamMmio
+Failure = MemoryFault | BareFault | Poisoned | RamMmio
 """The outcomes of KVM_RUN that a failed access to guest memory can have."""
 
 
@@ -64,6 +64,16 @@ class Evidence:
     def flags(self) -> frozenset[str]:
         """The mapping's ``VmFlags``; empty if they are not known."""
         return (self.vma and self.vma.flags) or frozenset()
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether KVM sent SIGBUS for this very page: of an access over two, one may be sound."""
+        failure, hva = self.failure, self.hva
+        return (
+            isinstance(failure, Poisoned)
+            and hva is not None
+            and failure.hva >> failure.lsb == hva >> failure.lsb
+        )
 
     @property
     def is_private(self) -> bool:

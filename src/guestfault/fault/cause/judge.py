@@ -48,6 +48,8 @@ def _judge(evidence: Evidence) -> tuple[Cause, ...]:
     slot, vma = evidence.slot, evidence.vma
     if evidence.hva is None:
         return (_nowhere(evidence),)
+    if evidence.poisoned:
+        return (_broken(evidence),)
     private = _guest_memfd(evidence)
     if private:
         return private
@@ -156,14 +158,7 @@ def _refused(evidence: Evidence, vma: Vma, is_write: bool) -> Cause | None:
     flags, failure = evidence.flags, evidence.failure
     poisoned = isinstance(failure, MemoryFault | BareFault) and failure.errno == EHWPOISON
     if poisoned or evidence.page.poisoned:
-        return Cause(
-            Kind.HWPOISON,
-            f"the page at {evidence.hva:#x} in {describe(vma)} is poisoned: broken memory, or "
-            "declared so by UFFDIO_POISON",
-            Remedy.NONE,
-            "its content is lost; tell the guest by a machine check, or put a new page with "
-            "content from elsewhere in its place",
-        )
+        return _broken(evidence)
     if flags & {"pf", "io"}:
         writes = " without leave to write" if is_write and not vma.write else ""
         return Cause(
@@ -198,6 +193,18 @@ def _refused(evidence: Evidence, vma: Vma, is_write: bool) -> Cause | None:
             "remove the guard",
         )
     return None
+
+
+def _broken(evidence: Evidence) -> Cause:
+    where = "" if evidence.vma is None else f" in {describe(evidence.vma)}"
+    return Cause(
+        Kind.HWPOISON,
+        f"the page at {evidence.hva:#x}{where} is poisoned: broken memory, or declared so by "
+        "UFFDIO_POISON",
+        Remedy.NONE,
+        "its content is lost; tell the guest by a machine check, or put a new page with content "
+        "from elsewhere in its place",
+    )
 
 
 def _write_protected(evidence: Evidence, vma: Vma) -> Cause:
