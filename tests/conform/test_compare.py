@@ -78,7 +78,8 @@ def test_what_flaps_in_the_same_way_agrees() -> None:
 @pytest.mark.parametrize(
     ("about", "name"),
     [
-        ({"kernel": "6.18.44-fc", "tdp": "no"}, "soft:linux-6.8,npt=0"),
+        ({"kernel": "6.18.44-fc", "tdp": "no"}, "soft:linux-7.3,npt=0"),
+        ({"kernel": "6.17.1", "tdp": "no"}, "soft:linux-6.8,npt=0"),
         ({"kernel": "6.12.95+deb12-cloud-amd64", "tdp": "yes"}, "soft:linux-6.8"),
         ({"kernel": "7.3.4", "tdp": "yes"}, "soft:linux-7.3"),
         ({"kernel": "6.1.0", "tdp": "yes"}, None),

@@ -69,10 +69,11 @@ def test_a_normal_access_succeeds_in_every_mode() -> None:
 
 
 def test_what_the_software_kvm_has_not_got_is_skipped_by_name() -> None:
-    column = ask("soft", "gmem/read/cpl3", "normal/prefault", "private/read/cpl3", "hwpoison/read")
+    column = ask("soft:seed", "gmem/read/cpl3", "normal/prefault", "private/read/cpl3", "hwpoison")
     assert {outcomes.word for outcomes in column.cases.values()} == {"skipped"}
     whys = {name: outcomes.first.why for name, outcomes in column.cases.items()}
-    assert whys["gmem/read/cpl3"] == "guest_memfd: the software KVM does not have it"
+    assert whys["gmem/read/cpl3"] == "guest_memfd: capability 234 is 0"
+    assert whys["private/read/cpl3"] == "KVM_X86_SW_PROTECTED_VM: capability 235 is 0x0"
     assert "KVM_PRE_FAULT_MEMORY" in whys["normal/prefault"]
     assert "in the lab only" in whys["hwpoison/read/cpl3"]
 

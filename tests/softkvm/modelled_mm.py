@@ -102,9 +102,11 @@ class ModelMm:
 class FaultPath:
     """A VM with one slot of :data:`NPAGES` at 0, and a vCPU that this thread has loaded."""
 
-    def __init__(self, dialect: Dialect = SEED, flags: int = 0, *, bitmap: int = 0) -> None:
+    def __init__(
+        self, dialect: Dialect = SEED, flags: int = 0, *, bitmap: int = 0, vm_type: int = 0
+    ) -> None:
         self.mm = ModelMm()
-        self.vm = SoftVm(dialect, self.mm)
+        self.vm = SoftVm(dialect, self.mm, vm_type=vm_type)
         self.slot(flags, bitmap=bitmap)
         self.vcpu = self.vm.create_vcpu(0).arch
         self.vcpu.emulating = False  # its faults are the guest's

@@ -19,7 +19,8 @@ from tests.softkvm.modelled_mm import (
 from guestfault.dialect.interface import EHWPOISON
 from guestfault.dialect.published import LINUX_6_8
 from guestfault.errors import Unavailable
-from guestfault.fault.outcome import BareFault
+from guestfault.fault.outcome import Poisoned, outcome
+from guestfault.linux.sigbus import SigbusHeld, take_sigbus
 from guestfault.linux.userfaultfd import Mode, Userfaultfd
 from guestfault.softkvm import mmu
 from guestfault.softkvm.kvm_host import Request, kvm_make_request
@@ -63,7 +64,7 @@ def test_the_flag_means_that_slow_gup_is_not_asked(make):
 
 @pytest.mark.parametrize(
     ("number", "result"),
-    [(errno.EFAULT, -errno.EFAULT), (EHWPOISON, -EHWPOISON), (errno.EINTR, -errno.EINTR)],
+    [(errno.EFAULT, -errno.EFAULT), (errno.EINTR, -errno.EINTR)],
 )
 def test_what_slow_gup_fails_with(make, number, result):
     one = make(LINUX_6_8)
@@ -75,13 +76,18 @@ def test_what_slow_gup_fails_with(make, number, result):
     assert one.stage.sptes == {}
 
 
-def test_hwpoison_is_told_apart_by_userspace(make):
-    from guestfault.fault.outcome import outcome
-
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_of_a_broken_page_the_thread_is_told_by_sigbus(make, prefetch):
     one = make(LINUX_6_8)
-    one.mm.failing[HVA] = EHWPOISON
-    found = outcome(one.fault(0), one.vcpu.run, LINUX_6_8.interface)
-    assert found == BareFault(EHWPOISON)
+    one.mm.failing[HVA + 0x4000] = EHWPOISON
+    with SigbusHeld():
+        assert one.fault(4, prefetch=prefetch) == -errno.EINTR
+        assert one.vcpu.run.exit_reason == uapi.KVM_EXIT_INTR
+        told = take_sigbus()
+        found = outcome(-errno.EINTR, one.vcpu.run, LINUX_6_8.interface, sigbus=told)
+        assert found == Poisoned(HVA + 0x4000, 12, action_required=True)
+        assert take_sigbus() is None
+    assert one.stage.sptes == {}
 
 
 def test_no_slot_is_a_device(make):
@@ -189,12 +195,13 @@ def test_a_violation_that_is_resolved_resumes_the_guest(make):
 
 
 @pytest.mark.parametrize(
-    ("number", "result"), [(errno.EFAULT, errno.EFAULT), (EHWPOISON, EHWPOISON)]
+    ("number", "result"), [(errno.EFAULT, errno.EFAULT), (EHWPOISON, errno.EINTR)]
 )
 def test_a_violation_that_fails_leaves_for_userspace(make, number, result):
     one = make(LINUX_6_8)
     one.mm.failing[HVA] = number
-    assert not one.violation(0)
+    with SigbusHeld():
+        assert not one.violation(0)
     assert one.vcpu.refusal == Exit(-result)
 
 

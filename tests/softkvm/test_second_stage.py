@@ -21,6 +21,7 @@ from guestfault.softkvm.second_stage import (
 BASE, HVA, PAGES = 0x100, 0x7F00_0000_0000, 16
 SLOT = KvmMemorySlot(0, BASE, PAGES, HVA, 0)
 SLOTS = Memslots().replaced(None, SLOT)
+GFN = BASE
 
 
 def full() -> SecondStage:
@@ -48,26 +49,51 @@ def test_exactly_the_entries_that_map_a_byte_of_the_range_go(start: int, size: i
 def test_a_fault_retries_from_the_start_of_an_invalidation_to_after_its_end() -> None:
     stage = full()
     seq = stage.mmu_invalidate_seq
-    assert not stage.mmu_invalidate_retry(seq, HVA)
+    assert not stage.mmu_invalidate_retry(seq, HVA, GFN)
     stage.invalidate_range_start(SLOTS, HVA, HVA + PAGE_SIZE)
-    assert stage.mmu_invalidate_retry(seq, HVA)
-    assert not stage.mmu_invalidate_retry(seq, HVA + PAGE_SIZE)
+    assert stage.mmu_invalidate_retry(seq, HVA, GFN)
+    assert not stage.mmu_invalidate_retry(seq, HVA + PAGE_SIZE, GFN)
     stage.invalidate_range_start(SLOTS, HVA + 2 * PAGE_SIZE, HVA + 3 * PAGE_SIZE)
     stage.invalidate_range_end()
     seq = stage.mmu_invalidate_seq
     for page in range(3):  # one is still under way, and only the hull of both is known
-        assert stage.mmu_invalidate_retry(seq, HVA + page * PAGE_SIZE)
-    assert not stage.mmu_invalidate_retry(seq, HVA + 3 * PAGE_SIZE)
+        assert stage.mmu_invalidate_retry(seq, HVA + page * PAGE_SIZE, GFN)
+    assert not stage.mmu_invalidate_retry(seq, HVA + 3 * PAGE_SIZE, GFN)
     stage.invalidate_range_end()
-    assert stage.mmu_invalidate_retry(seq, HVA)
-    assert not stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA)
+    assert stage.mmu_invalidate_retry(seq, HVA, GFN)
+    assert not stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA, GFN)
 
 
 def test_a_fault_in_the_middle_of_a_page_that_is_partly_taken_retries() -> None:
     stage = full()
     stage.invalidate_range_start(SLOTS, HVA + 0x800, HVA + 0x801)
-    assert stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA)
+    assert stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA, GFN)
     assert BASE not in stage.sptes
+
+
+def test_frames_are_held_off_by_their_number_as_well() -> None:
+    stage = full()
+    first, later = (range(BASE, BASE + 2),), (range(BASE + 8, BASE + 9),)
+    assert stage.kvm_mmu_invalidate_begin(first)
+    assert set(stage.sptes) == set(range(BASE + 2, BASE + PAGES))
+    assert not stage.kvm_mmu_invalidate_begin((range(BASE, BASE + 1),))  # gone already
+    stage.kvm_mmu_invalidate_end((range(BASE, BASE + 1),))
+    seq = stage.mmu_invalidate_seq
+    assert stage.mmu_invalidate_retry(seq, HVA, BASE + 1)
+    assert not stage.mmu_invalidate_retry(seq, HVA, BASE + 2)  # wherever the host has it
+    # Together with a host range, which is not stretched to an address that nobody named.
+    stage.invalidate_range_start(SLOTS, HVA + 4 * PAGE_SIZE, HVA + 5 * PAGE_SIZE)
+    assert stage.mmu_invalidate_retry(seq, HVA + 4 * PAGE_SIZE, BASE + 4)
+    assert not stage.mmu_invalidate_retry(seq, HVA + 3 * PAGE_SIZE, BASE + 3)
+    stage.kvm_mmu_invalidate_begin(later)
+    stage.kvm_mmu_invalidate_end(first)
+    seq = stage.mmu_invalidate_seq
+    assert not stage.mmu_invalidate_retry(seq, HVA, BASE + 1)
+    assert stage.mmu_invalidate_retry(seq, HVA, BASE + 8)
+    stage.invalidate_range_end()
+    stage.kvm_mmu_invalidate_end(later)
+    assert stage.mmu_invalidate_retry(seq, HVA, BASE + 8)
+    assert not stage.mmu_invalidate_retry(stage.mmu_invalidate_seq, HVA, BASE + 8)
 
 
 def test_a_slot_that_goes_takes_its_entries_and_makes_faults_look_again() -> None:
@@ -76,7 +102,7 @@ def test_a_slot_that_goes_takes_its_entries_and_makes_faults_look_again() -> Non
     seq = stage.mmu_invalidate_seq
     stage.zap_memslot(SLOT)
     assert set(stage.sptes) == {0x900}
-    assert stage.mmu_invalidate_retry(seq, HVA)
+    assert stage.mmu_invalidate_retry(seq, HVA, GFN)
 
 
 def test_an_mmio_entry_is_none_for_memory_and_keeps_its_generation() -> None:

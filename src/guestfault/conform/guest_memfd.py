@@ -15,7 +15,6 @@ from guestfault.conform.bench import TARGET_SLOT, Bench
 from guestfault.conform.condition import THE_PAGE, Arranged, Condition, by_name
 from guestfault.errors import KernelError, Unavailable
 from guestfault.kvm.protocols import Vm
-from guestfault.kvm.vm import KvmVm
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
 from guestfault.uapi import kvm as uapi
@@ -25,9 +24,9 @@ __all__ = ["GUEST_MEMFD", "bind", "vm_with"]
 _MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
 
 
-def vm_with(bench: Bench, cap: int, bits: int = 0) -> KvmVm:
+def vm_with(bench: Bench, cap: int, bits: int = 0) -> Vm:
     """The bench's VM, if it has guest_memfd and all ``bits`` of a capability."""
-    vm = real_vm(bench.vm)
+    vm = bench.vm
     for needed, wanted in ((uapi.KVM_CAP_GUEST_MEMFD, 0), (cap, bits)):
         found = vm.check_extension(needed)
         if found <= 0 or found & wanted != wanted:
@@ -35,13 +34,7 @@ def vm_with(bench: Bench, cap: int, bits: int = 0) -> KvmVm:
     return vm
 
 
-def real_vm(vm: Vm) -> KvmVm:
-    if not isinstance(vm, KvmVm):
-        raise Unavailable("guest_memfd", "the software KVM does not have it")
-    return vm
-
-
-def bind(bench: Bench, vm: KvmVm, fd: int, hva: int = 0) -> None:
+def bind(bench: Bench, vm: Vm, fd: int, hva: int = 0) -> None:
     """Put a guest_memfd into the target's slot, and the target's memory beside it."""
     where = places.TARGET, places.TARGET_SIZE, hva or bench.target.guest.address
     vm.set_user_memory_region2(TARGET_SLOT, *where, uapi.KVM_MEM_GUEST_MEMFD, guest_memfd=fd)
@@ -69,9 +62,8 @@ def _gmem(bench: Bench) -> Arranged:
 def _elsewhere(bench: Bench) -> Arranged:
     """The slot's address is not where the file is mapped: KVM's own accesses go by the address."""
     memfd, _, arranged = _mapped(bench)
-    vm = real_vm(bench.vm)
     bench.remove_target()
-    bind(bench, vm, memfd.fd)
+    bind(bench, bench.vm, memfd.fd)
     return arranged
 
 

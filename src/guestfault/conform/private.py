@@ -7,8 +7,8 @@ in: the guest_memfd of its slot, or, *shared*, the slot's host address.
 Hardware that protects a guest tells KVM which of them an access wants, and the exit
 ``KVM_EXIT_MEMORY_FAULT`` is how KVM says that the attribute has it otherwise.  A VM of this type
 has no such hardware: there the attribute itself decides what the access is
-(``kvm_mmu_page_fault``, ``arch/x86/kvm/mmu/mmu.c``), the two always agree, and the exit is left for
-private memory that cannot be had.
+(``kvm_mmu_page_fault``, ``arch/x86/kvm/mmu/mmu.c``), the two agree but for a conversion under way,
+and the exit is left for private memory that cannot be had.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from guestfault.conform.condition import THE_PAGE, Arranged, Condition, by_name
 from guestfault.conform.guest_memfd import bind, vm_with
 from guestfault.errors import Unavailable
 from guestfault.kvm.protocols import System, Vm
-from guestfault.kvm.system import KvmSystem
-from guestfault.kvm.vm import KvmVm
 from guestfault.uapi import kvm as uapi
 from guestfault.uapi.mman import PROT_NONE, PROT_READ, PROT_WRITE
 
@@ -33,8 +31,6 @@ _PRIVATE = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
 
 
 def _create_protected(system: System) -> Vm:
-    if not isinstance(system, KvmSystem):
-        raise Unavailable(_TYPE, "the software KVM does not have it")
     types = max(system.check_extension(uapi.KVM_CAP_VM_TYPES), 0)
     if not types >> uapi.KVM_X86_SW_PROTECTED_VM & 1:
         why = f"capability {uapi.KVM_CAP_VM_TYPES} is {types:#x}"
@@ -43,7 +39,7 @@ def _create_protected(system: System) -> Vm:
     return system.create_vm(uapi.KVM_X86_SW_PROTECTED_VM)
 
 
-def _vm(bench: Bench) -> KvmVm:
+def _vm(bench: Bench) -> Vm:
     return vm_with(bench, uapi.KVM_CAP_MEMORY_ATTRIBUTES, _PRIVATE)
 
 

@@ -398,6 +398,7 @@ LINUX_6_8 = Dialect(
     missing=None,
     annotated=_GUEST_MEMFD_SITES,
     reset=Reset.BEFORE_LOOP,
+    guest_memfd_flags=0,
     flag_private=uapi.KVM_MEMORY_EXIT_FLAG_PRIVATE,
     changed="What was merged, with guest_memfd: the exit is there for private memory.  Bits 0 to 2"
     " are kept for read, write and exec, and not written.",
@@ -422,9 +423,11 @@ LINUX_7_3 = Dialect(
     | {Site.HANDLE_NOSLOT_FAULT, Site.DO_PAGE_FAULT_PRIVATE, Site.GMEM_ABORT},
     reset=Reset.BEFORE_LOOP,
     async_pf_error_code=True,
+    guest_memfd_flags=uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED,
+    private_in_error_code=True,
     flag_private=uapi.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    changed="A private access where no slot is, and one that would have to be emulated, are"
-    " annotated too; an ordinary slot's failure is as bare as it was.",
+    changed="A private access that would have to be emulated is annotated too, and one where no"
+    " slot is has a site of its own; an ordinary slot's failure is as bare as it was.",
     flaws=LINUX_6_8.flaws,
 )
 

@@ -176,6 +176,11 @@ class Dialect:
     async_pf_error_code: bool = False
     """Whether kvm_arch_async_page_ready() makes the guest's fault again as what it was, and not as
     a read."""
+    guest_memfd_flags: int | None = None
+    """``GUEST_MEMFD_FLAG_*`` that a guest_memfd may have; ``None``: there is none to be had."""
+    private_in_error_code: bool = False
+    """Whether a fault's error code says that it is private, from its beginning on; else that is
+    asked when the fault is handled, and for a prefetch anew."""
     checks_reasons: bool = True
     """Whether an opt-in per reason refuses bits that are no reasons."""
     readonly_excluded: bool = False

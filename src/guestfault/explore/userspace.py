@@ -35,6 +35,7 @@ from guestfault.fault.outcome import (
     outcome,
 )
 from guestfault.memory.ram import PAGE_SIZE
+from guestfault.softkvm.preempt import preemption_point
 
 __all__ = ["Userspace"]
 
@@ -87,6 +88,7 @@ class Userspace:
         self.cpu.begin()
         self._look_at_answer()
         ret = self.vcpu.run()
+        preemption_point("userspace: read kvm_run", ("kvm_run", self.number))
         came_to = outcome(ret, self.vcpu.kvm_run, self._interface, self.machine.in_slot)
         self.seen.append(came_to)
         if recording():
@@ -120,11 +122,14 @@ class Userspace:
     def _look_at_answer(self) -> None:
         """What stands in kvm_run for the next KVM_RUN to take is what we left there."""
         answer, self._answer = self._answer, b""
+        if answer:
+            preemption_point("userspace: look at its answer", ("kvm_run", self.number))
         if answer and bytes(self.vcpu.kvm_run.mmio.data[: len(answer)]) != answer:
             text = "the answer to its device read has changed before KVM has taken it"
             self.machine.found(Kind.CORRUPTED, f"vCPU {self.number}: {text}")
 
     def _answer_mmio(self, data: bytes) -> None:
+        preemption_point("userspace: answer in kvm_run", ("kvm_run", self.number), True)
         self.vcpu.kvm_run.mmio.data[: len(data)] = data
         self._answer = data
 

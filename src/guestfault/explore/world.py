@@ -87,11 +87,22 @@ class Machine:
 
     rewindable = True
 
-    def __init__(self, dialect: Dialect, pages: int, *, tdp_enabled: bool = True) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        pages: int,
+        *,
+        tdp_enabled: bool = True,
+        vm_type: int = uapi.KVM_X86_DEFAULT_VM,
+    ) -> None:
         self.dialect = dialect
         self.mm = ModelMm(HVA, pages)
         self.vm = SoftVm(
-            dialect, self.mm, tdp_enabled=tdp_enabled, make_processor=self._make_processor
+            dialect,
+            self.mm,
+            tdp_enabled=tdp_enabled,
+            make_processor=self._make_processor,
+            vm_type=vm_type,
         )
         self.kvm = self.vm.kvm
         self.kvm.schedule_work = self._schedule_work

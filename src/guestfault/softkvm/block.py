@@ -48,6 +48,7 @@ def kvm_vcpu_running(vcpu: KvmVcpu) -> bool:
 
 def kvm_vcpu_has_events(vcpu: KvmVcpu) -> bool:
     """Whether there is something that ends a halt."""
+    preemption_point("kvm_vcpu_has_events: look at done", ("apf", vcpu.vcpu_id))
     if vcpu.async_pf.done or kvm_is_exception_pending(vcpu):
         return True
     return kvm_cpu_has_interrupt(vcpu) and kvm_arch_interrupt_allowed(vcpu)
@@ -71,8 +72,6 @@ def kvm_vcpu_block(vcpu: KvmVcpu) -> None:
 
 def _kvm_vcpu_check_block(vcpu: KvmVcpu) -> bool:
     """Whether there is no reason to sleep."""
-    for shared in ("apf", "lapic"):
-        preemption_point("kvm_vcpu_check_block: is it runnable", (shared, vcpu.vcpu_id))
     if kvm_arch_vcpu_runnable(vcpu):
         return True
     preemption_point("kvm_vcpu_check_block: is a signal pending", vcpu.shared)

@@ -28,13 +28,13 @@ from guestfault.softkvm import preempt
 from guestfault.softkvm.kvm_host import KvmVcpu, Walked
 from guestfault.softkvm.mmu import kvm_mmu_page_fault
 from guestfault.softkvm.preempt import preemption_point
-from guestfault.softkvm.processor import Access
+from guestfault.softkvm.processor import PRIVATE_PAGE, Access
 from guestfault.softkvm.refusal import (
     AccessFailed,
     GuestException,
     Refusal,
 )
-from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE, SPTE_MMIO
+from guestfault.softkvm.second_stage import PAGE_SIZE, PT_READ, PT_WRITABLE, SPTE_MMIO, SPTE_PRIVATE
 from guestfault.softkvm.shadow_page import KvmMmu, access_of_spte
 from guestfault.softkvm.shadow_tlb import read_linear, shadow_entry, write_linear
 from guestfault.x86.entries import (
@@ -76,6 +76,7 @@ _NOT_MEMORY = PFERR_PRESENT_MASK | PFERR_RSVD_MASK
 # What a fault of the second stage is about, as its error code says, by the kind of access.
 _CODE = PFERR_USER_MASK, PFERR_USER_MASK | PFERR_WRITE_MASK, PFERR_USER_MASK | PFERR_FETCH_MASK
 _RIGHT = PT_READ, PT_WRITABLE, PT_READ
+_WRITABLE_OR_PRIVATE = PT_WRITABLE | SPTE_PRIVATE
 _WALKS = PFERR_GUEST_PAGE_MASK | PFERR_USER_MASK | PFERR_WRITE_MASK
 
 
@@ -108,6 +109,9 @@ def tlb_fill(vcpu: KvmVcpu, gva: int, access: int) -> tuple[int, int] | None:
             vcpu.smap_ac,
             rights & 6 | rights >> 63,
         )
+        spte &= _WRITABLE_OR_PRIVATE
+        if spte & SPTE_PRIVATE:
+            page |= PRIVATE_PAGE
         # A clean page stays unwritable in the TLB, so that the write that dirties it is seen.
         return page, perms if dirty and spte & PT_WRITABLE else perms & ~UC_PROT_WRITE
     if not vcpu.smap:  # which makes the answer depend on RFLAGS.AC as well

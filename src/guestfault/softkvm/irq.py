@@ -39,8 +39,11 @@ def kvm_apic_set_irq(vcpu: KvmVcpu, vector: int) -> bool:
 
 
 def kvm_cpu_has_interrupt(vcpu: KvmVcpu) -> bool:
-    """Whether an interrupt of sufficient priority is pending.  No preemption point."""
-    return vcpu.apic is not None and vcpu.apic.has_interrupt() is not None
+    """Whether an interrupt of sufficient priority is pending."""
+    if vcpu.apic is None:
+        return False
+    preemption_point("kvm_cpu_has_interrupt: look at IRR", ("lapic", vcpu.vcpu_id))
+    return vcpu.apic.has_interrupt() is not None
 
 
 def kvm_cpu_get_interrupt(vcpu: KvmVcpu) -> int | None:

@@ -19,7 +19,10 @@ from guestfault.dialect.record import Dialect, Enabling, Reset
 from guestfault.softkvm import preempt
 from guestfault.softkvm.apf_state import VcpuApf, VcpuAsyncPf
 from guestfault.softkvm.emulate_ctxt import EmulateCtxt
+from guestfault.softkvm.gmem import KvmGmem
+from guestfault.softkvm.gmem_file import GmemFiles, HostGmemFiles
 from guestfault.softkvm.lapic import KvmLapic
+from guestfault.softkvm.mem_attr_array import MemAttrArray
 from guestfault.softkvm.memslots import KvmMemorySlot, Memslots
 from guestfault.softkvm.mm import Mm
 from guestfault.softkvm.mmu_internal import KvmPageFault
@@ -128,6 +131,7 @@ class Kvm:
     enable_mmio_caching: bool = True
     """Whether a frame that is no memory gets an entry that says so (``kvm.mmio_caching``)."""
     make_processor: MakeProcessor | None = None
+    vm_type: int = uapi.KVM_X86_DEFAULT_VM
     second_stage: SecondStage = field(default_factory=SecondStage)
     memslots: Memslots = field(default_factory=Memslots)
     slots_lock: Mutex = field(default_factory=lambda: Mutex("slots_lock"))
@@ -141,6 +145,10 @@ class Kvm:
     vcpus: dict[int, KvmVcpu] = field(default_factory=dict)
     track_notifiers: list[PageTrackNotifier] = field(default_factory=list)
     """Who hears of writes to tracked frames: :mod:`guestfault.softkvm.page_track`."""
+    mem_attr_array: MemAttrArray = field(default_factory=MemAttrArray)
+    gmem_files: GmemFiles = field(default_factory=HostGmemFiles)
+    gmems: list[KvmGmem] = field(default_factory=list)
+    """Its guest_memfds, and those that are closed as long as a slot has them."""
     # What userspace has asked for, in the dialects in which it must ask (KVM_ENABLE_CAP, and the
     # ioctl of v1).
     memfault_exit_reasons: int = 0
@@ -150,21 +158,32 @@ class Kvm:
     # The dialect's answers to what every fault asks.
     missing_flag: int = field(init=False)
     userfault_flag: int = field(init=False)
+    gmem_flag: int = field(init=False)
     must_opt_in: bool = field(init=False)
     fast_gup_reads: bool = field(init=False)
     filters_reasons: bool = field(init=False)
     reset: Reset = field(init=False)
     second_union: bool = field(init=False)
+    has_private_mem: bool = field(init=False)
+    has_gmem: bool = field(init=False)
+    """Whether it has that, or ever had a guest_memfd."""
+    private_in_error_code: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule_work = self.workqueue.schedule_work
         self.missing_flag = self.dialect.slot_flag
         self.userfault_flag = self.dialect.userfault_flag
+        has_gmem = self.dialect.guest_memfd_flags is not None
+        self.gmem_flag = uapi.KVM_MEM_GUEST_MEMFD if has_gmem else 0
         info = self.dialect.info
         self.must_opt_in = info is not None and info.enabling is not Enabling.INFORMATIONAL
         self.filters_reasons = self.must_opt_in or self.dialect.annotates_only_missing
         self.fast_gup_reads, self.reset = self.dialect.fast_gup_reads, self.dialect.reset
         self.second_union = self.dialect.interface.payload is Payload.SECOND_UNION
+        self.has_private_mem = self.vm_type == uapi.KVM_X86_SW_PROTECTED_VM
+        self.has_gmem = self.has_private_mem
+        self.private_in_error_code = self.dialect.private_in_error_code
+        self.second_stage.keeps_mmio = self.has_private_mem and self.private_in_error_code
 
     def warn_on_once(self, text: str) -> None:
         """``WARN_ON_ONCE``: complain, the first time."""
@@ -259,6 +278,12 @@ class KvmVcpu:
                 self.in_guest_mode = False
             # It is that already if a question of the processor's has ended in an exception.
             self.srcu_seq |= 1
+
+    def slots_changed(self) -> bool:
+        """Whether the processor has the memory of other slots than those that are now."""
+        if preempt.scheduler is not None:
+            preemption_point("vcpu_enter_guest: look at the slots", "memslots")
+        return self.mapped_memslots is not self.kvm.memslots
 
     def forget_walks(self) -> None:
         """Forget what was found out about the guest's page tables."""
@@ -400,4 +425,5 @@ def _leave_guest_mode(vcpu: KvmVcpu, name: str) -> None:
         # A signal handler, called in the midst of a hook: the run ends with that.
         return kvm_get_running_vcpu() is vcpu
 
+    preemption_point("kvm_vcpu_exiting_guest_mode", vcpu.shared, True)
     wait(name, vcpu.shared, left, acts=True)

@@ -11,6 +11,7 @@ import errno
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
+from guestfault.softkvm.gmem import GmemBinding
 from guestfault.uapi import kvm as uapi
 
 __all__ = [
@@ -43,6 +44,10 @@ class KvmMemorySlot:
     """Where userspace keeps a bit for each frame that it has yet to provide (KVM Userfault)."""
     gfn_write_track: dict[int, int] = field(default_factory=dict)
     """How many want to know of writes to a frame; see :mod:`guestfault.softkvm.page_track`."""
+    gmem: GmemBinding | None = None
+    """The guest_memfd that it was made with (``KVM_MEM_GUEST_MEMFD``)."""
+    gmem_only: bool = False
+    """Whether that serves shared faults, too (``KVM_MEMSLOT_GMEM_ONLY``)."""
 
     def hva_of_gfn(self, gfn: int) -> int:
         """The host address that backs a frame of this slot."""
@@ -94,12 +99,14 @@ def kvm_set_memory_region(
     valid_flags: int,
     userfault_flag: int = 0,
     userfault_bitmap: int = 0,
+    gmem_flag: int = 0,
 ) -> tuple[int, KvmMemorySlot | None, KvmMemorySlot | None]:
     """Check a request as the kernel does: ``(0 or -errno, slot to remove, slot to add)``.
 
     A request that changes nothing removes and adds nothing.  ``userfault_bitmap`` is the address
     that comes with ``userfault_flag`` among the flags: a bit for each page, in whole 64-bit words.
-    What is there is not looked at before a fault.
+    What is there is not looked at before a fault.  ``gmem_flag`` says of a slot that it has a
+    guest_memfd, which is still to be bound.
     """
     bad = -errno.EINVAL, None, None
     if mem.flags & ~valid_flags:
@@ -119,6 +126,10 @@ def kvm_set_memory_region(
     if npages == 0:
         return (0, old, None) if old else bad
     if old:
+        # A slot with a guest_memfd can be deleted, and nothing else.  (6.8 looks at the new flags
+        # only, and so lets such a slot lose its own.)
+        if (old.flags | mem.flags) & gmem_flag:
+            return bad
         # An existing slot can move or change its flags; its size and backing cannot change.
         if old.userspace_addr != mem.userspace_addr or old.npages != npages:
             return bad

@@ -10,10 +10,12 @@ violation hands a negative result on to userspace, a completed asynchronous faul
 On the way each question may end the fault: is the write one that KVM must see
 (:mod:`~guestfault.softkvm.page_track`)?  Is the page there, and only write-protected
 (:mod:`~guestfault.softkvm.fast_page_fault`)?  :func:`kvm_faultin_pfn` then finds the host page:
-is the slot going, is there one, does userspace want the page left alone
-(:mod:`~guestfault.softkvm.userfault`), must it be waited for, and may the guest do something else
-meanwhile (:mod:`~guestfault.softkvm.async_pf`)?  :func:`kvm_handle_error_pfn` ends in the -EFAULT,
-annotated or bare, and :func:`direct_map` installs the entry.
+is it of the memory that the access wants (:mod:`~guestfault.softkvm.private_fault`), is the slot
+going, is there one, does userspace want the page left alone (:mod:`~guestfault.softkvm.userfault`),
+is there a file for it (:mod:`~guestfault.softkvm.guest_memfd`), must it be waited for, and may the
+guest do something else meanwhile (:mod:`~guestfault.softkvm.async_pf`)?
+:func:`kvm_handle_error_pfn` ends in the -EFAULT, annotated or bare, and :func:`direct_map` installs
+the entry.
 
 The race with an invalidation is Linux's ``mmu_invalidate_seq``: a fault notes the sequence, looks
 the page up without the lock, takes the lock, and starts again if something was zapped in between.
@@ -28,8 +30,8 @@ from __future__ import annotations
 
 import errno
 
-from guestfault.dialect.interface import EHWPOISON
 from guestfault.dialect.record import Reason, Site
+from guestfault.linux.sigbus import send_sigbus
 from guestfault.softkvm import preempt
 from guestfault.softkvm.async_pf import (
     kvm_arch_setup_async_pf,
@@ -53,6 +55,7 @@ from guestfault.softkvm.pfn import (
     gfn_to_pfn_memslot,
 )
 from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.private_fault import faultin_pfn_of_two, private_access, private_emulation
 from guestfault.softkvm.processor import MAX_PHYS
 from guestfault.softkvm.refusal import Emulate, Exit, Retry
 from guestfault.softkvm.second_stage import (
@@ -62,6 +65,7 @@ from guestfault.softkvm.second_stage import (
     SPTE_HOST_WRITABLE,
     SPTE_MMIO,
     SPTE_MMU_WRITABLE,
+    SPTE_PRIVATE,
     make_mmio_spte,
 )
 from guestfault.softkvm.userfault import kvm_do_userfault
@@ -81,6 +85,7 @@ __all__ = [
     "kvm_mmu_do_page_fault",
     "kvm_mmu_page_fault",
     "page_fault_handle_page_track",
+    "private_direct_page_fault",
 ]
 
 
@@ -104,6 +109,9 @@ def kvm_mmu_page_fault(vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int) -> bool:
     stop first.  (Under shadow paging the address is a linear one; the caller puts the physical one
     in its place, or the guest's own fault that the walk has met.)
     """
+    kvm = vcpu.kvm
+    if kvm.has_private_mem and kvm.private_in_error_code:
+        error_code = private_access(vcpu, cr2_or_gpa, error_code)
     r = _INVALID
     if error_code & PFERR_RSVD_MASK:
         r = handle_mmio_page_fault(vcpu, cr2_or_gpa)
@@ -112,7 +120,7 @@ def kvm_mmu_page_fault(vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int) -> bool:
     if r >= _FIXED:  # or SPURIOUS
         return True
     if r == _INVALID:  # KVM_BUG
-        vcpu.kvm.warn_on_once("kvm_mmu_page_fault: nobody has handled the fault")
+        kvm.warn_on_once("kvm_mmu_page_fault: nobody has handled the fault")
         r = -errno.EIO
     if r < 0:
         vcpu.refusal = _EFAULT if r == -errno.EFAULT else Exit(r)
@@ -187,9 +195,25 @@ def direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
         preemption_point("direct_page_fault: take mmu_lock", _MMU, True)
     with stage.mmu_lock:
         # is_page_fault_stale(), where there are no roots to be obsolete.
-        if fault.slot is not None and stage.mmu_invalidate_retry(fault.mmu_seq, fault.pfn << 12):
+        if fault.slot is not None and stage.mmu_invalidate_retry(
+            fault.mmu_seq, fault.pfn << 12, fault.gfn
+        ):
             return _RETRY
         return direct_map(vcpu, fault)
+
+
+def private_direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+    """The same in a VM that has private memory.
+
+    What stands here does so in ``kvm_mmu_do_page_fault``, for every VM.  A fault whose error code
+    does not say whether it is private is what the frame is now, a prefetch too.
+    """
+    if not vcpu.kvm.private_in_error_code:
+        fault.error_code = private_access(vcpu, fault.addr, fault.error_code)
+    r = direct_page_fault(vcpu, fault)
+    if r == _EMULATE and fault.is_private:
+        return private_emulation(vcpu, fault)
+    return r
 
 
 def page_fault_handle_page_track(vcpu: KvmVcpu, fault: KvmPageFault) -> bool:
@@ -208,7 +232,7 @@ def is_page_fault_stale(vcpu: KvmVcpu, fault: KvmPageFault) -> bool:
         return True
     if fault.slot is None:
         return False
-    return vcpu.kvm.second_stage.mmu_invalidate_retry(fault.mmu_seq, fault.pfn << 12)
+    return vcpu.kvm.second_stage.mmu_invalidate_retry(fault.mmu_seq, fault.pfn << 12, fault.gfn)
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -217,6 +241,10 @@ def is_page_fault_stale(vcpu: KvmVcpu, fault: KvmPageFault) -> bool:
 def kvm_faultin_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """Find the host page behind the fault's gfn: CONTINUE with it, or how the fault ends."""
     kvm = vcpu.kvm
+    if kvm.has_gmem:
+        r = faultin_pfn_of_two(vcpu, fault)
+        if r != _INVALID:
+            return r
     if kvm.userfault_flag and kvm_do_userfault(vcpu, fault):
         return -errno.EFAULT
     slot = fault.slot
@@ -279,6 +307,11 @@ def kvm_handle_noslot_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     return _CONTINUE
 
 
+def kvm_send_hwpoison_signal(fault: KvmPageFault) -> None:
+    """To the thread that runs the vCPU, which does not survive it unprepared (linux.sigbus)."""
+    send_sigbus(fault.hva, PAGE_SIZE.bit_length() - 1)
+
+
 def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     """The end of a failed access.  The last lines are where upstream's -EFAULT is still bare."""
     pfn = fault.pfn
@@ -288,10 +321,11 @@ def kvm_handle_error_pfn(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     if pfn == KVM_PFN_ERR_RO_FAULT:
         return _EMULATE
     if pfn == KVM_PFN_ERR_HWPOISON:
-        # The kernel sends SIGBUS (BUS_MCEERR_AR, with the address) to the thread and retries; a
-        # VMM then gives the guest a machine check.  In a process that is no VMM by trade, which
-        # this one is, the signal would be the end; so the vCPU stops with what the page has.
-        return -EHWPOISON
+        kvm_send_hwpoison_signal(fault)
+        # The kernel retries, and finds the signal pending before it enters the guest again.  (For
+        # a thread that blocks it and has not opened it in KVM_RUN it would go round for ever.)
+        vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
+        return -errno.EINTR
     return kvm_handle_efault(
         vcpu,
         _HANDLE_ERROR_PFN,
@@ -320,6 +354,8 @@ def direct_map(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     if old & SPTE_MMIO:
         old = 0  # stale, or nobody would look further than at it
     spte = fault.pfn << 12 | PT_READ
+    if slot.gmem is not None and fault.is_private:
+        spte |= SPTE_PRIVATE
     if fault.map_writable:
         spte |= SPTE_HOST_WRITABLE
         if gfn in slot.gfn_write_track:

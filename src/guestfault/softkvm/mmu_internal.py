@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from guestfault.softkvm.memslots import KvmMemorySlot
 from guestfault.softkvm.pfn import KVM_PFN_NOSLOT
-from guestfault.x86.registers import PFERR_FETCH_MASK
+from guestfault.x86.registers import PFERR_FETCH_MASK, PFERR_PRIVATE_ACCESS
 
 __all__ = ["KvmPageFault", "RetPf"]
 
@@ -51,6 +51,11 @@ class KvmPageFault:
     def exec(self) -> bool:
         """Whether it is an instruction fetch."""
         return self.error_code & PFERR_FETCH_MASK != 0
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the access wants private memory."""
+        return self.error_code & PFERR_PRIVATE_ACCESS != 0
 
     @property
     def hva(self) -> int:

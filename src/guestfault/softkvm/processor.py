@@ -23,6 +23,7 @@ __all__ = [
     "ABANDONED",
     "GPRS",
     "MAX_PHYS",
+    "PRIVATE_PAGE",
     "REFUSED",
     "REQUESTED",
     "STEPPED",
@@ -38,6 +39,8 @@ __all__ = [
 
 MAX_PHYS = 1 << 46
 """Guest physical addresses lie below this."""
+PRIVATE_PAGE = 1 << 48
+"""Added to a guest physical address: the private page, where a frame has a shared one, too."""
 GPRS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
     *(f"r{i}" for i in range(8, 16)),

@@ -18,6 +18,9 @@ An *MMIO entry* says that a frame is no memory: ``SPTE_MMIO``, no right, and in 
 the number of the slot list (its generation) in which no slot was found.  It spares the next access
 the search.  A new slot does not remove it; it is stale by its generation.
 
+Where memory can be private, ``SPTE_PRIVATE`` says which of a frame's two pages it is; the kernel
+knows by the page.
+
 ``mmu_lock`` is held to change the table, but for the one exchange of the fast page fault.
 """
 
@@ -36,6 +39,7 @@ __all__ = [
     "SPTE_HOST_WRITABLE",
     "SPTE_MMIO",
     "SPTE_MMU_WRITABLE",
+    "SPTE_PRIVATE",
     "SecondStage",
     "is_mmio_spte",
     "make_mmio_spte",
@@ -47,6 +51,7 @@ PT_WRITABLE = 2
 SPTE_HOST_WRITABLE = 4
 SPTE_MMU_WRITABLE = 8
 SPTE_MMIO = 16
+SPTE_PRIVATE = 32
 
 _MMU = "mmu"
 
@@ -78,12 +83,20 @@ class SecondStage:
         self.mmu_invalidate_seq = 0
         self.mmu_invalidate_in_progress = 0
         self._invalidated = 0, 0  # host addresses; while in progress, what all of them are in
+        self._invalidated_gfns: list[tuple[range, ...]] = []  # the same, by frames
         self.sptes: dict[int, int] = {}
         self.shadow = ShadowTable()
+        self.keeps_mmio = False
+        """Whether an entry that says "no memory" outlives what is zapped around it.
+
+        The kernel zaps entries that map a page, and a slot that goes takes the others along because
+        every root is made obsolete; not so, since 6.12, in a VM of another type than the default
+        (``kvm_memslot_flush_zap_all``).  Elsewhere it makes no difference.
+        """
 
     # -- the host takes pages away -----------------------------------------------------------------
 
-    def mmu_invalidate_retry(self, mmu_seq: int, hva: int) -> bool:
+    def mmu_invalidate_retry(self, mmu_seq: int, hva: int, gfn: int) -> bool:
         """``mmu_invalidate_retry_hva``: whether to look again at what was found at ``mmu_seq``.
 
         ``mmu_lock`` is held.
@@ -92,13 +105,15 @@ class SecondStage:
             start, end = self._invalidated
             if start <= hva < end:
                 return True
+            if any(gfn in gfns for ranges in self._invalidated_gfns for gfns in ranges):
+                return True
         return self.mmu_invalidate_seq != mmu_seq
 
     def invalidate_range_start(self, memslots: Memslots, start: int, end: int) -> bool:
         """Zap what maps the host range and hold faults off; whether there was anything to zap."""
         preemption_point("invalidate_range_start: take mmu_lock", _MMU, True)
         with self.mmu_lock:
-            if self.mmu_invalidate_in_progress:
+            if self.mmu_invalidate_in_progress > len(self._invalidated_gfns):
                 # Of several ranges only the hull is kept: faults between them wait needlessly.
                 first, last = self._invalidated
                 self._invalidated = min(first, start), max(last, end)
@@ -114,6 +129,25 @@ class SecondStage:
         with self.mmu_lock:
             self.mmu_invalidate_seq += 1
             self.mmu_invalidate_in_progress -= 1
+
+    def kvm_mmu_invalidate_begin(self, gfns: tuple[range, ...]) -> bool:
+        """The same by guest frames: their attributes change, or their file goes."""
+        preemption_point("kvm_mmu_invalidate_begin: take mmu_lock", _MMU, True)
+        with self.mmu_lock:
+            if not self.mmu_invalidate_in_progress:
+                self._invalidated = 0, 0
+            self.mmu_invalidate_in_progress += 1
+            self._invalidated_gfns.append(gfns)
+            zapped = [self._zap(some) for some in gfns]
+            return any(zapped)
+
+    def kvm_mmu_invalidate_end(self, gfns: tuple[range, ...]) -> None:
+        """What was to change about them has changed."""
+        preemption_point("kvm_mmu_invalidate_end: take mmu_lock", _MMU, True)
+        with self.mmu_lock:
+            self.mmu_invalidate_seq += 1
+            self.mmu_invalidate_in_progress -= 1
+            self._invalidated_gfns.remove(gfns)
 
     # -- slots change ------------------------------------------------------------------------------
 
@@ -195,6 +229,8 @@ class SecondStage:
     def _zap(self, gfns: range) -> bool:
         zapped = self.shadow.unmap_gfns(gfns)
         for gfn in self._mapped(gfns):
+            if self.keeps_mmio and self.sptes[gfn] & SPTE_MMIO:
+                continue
             del self.sptes[gfn]
             zapped = True
         return zapped

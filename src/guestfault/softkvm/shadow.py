@@ -243,7 +243,7 @@ def mmu_set_spte(
     elif pte_access & ACC_WRITE_MASK and kvm_slot_page_track_is_active(slot, gfn):
         pte_access &= ~ACC_WRITE_MASK
         write_protected = True
-    spte = make_spte(slot.hva_of_gfn(gfn), pte_access)
+    spte = make_spte(fault.pfn << 12, pte_access)
     old, old_gfn = sp.spt.get(index, (0, 0))
     r = RetPf.EMULATE if write_protected and fault.write else RetPf.FIXED
     if old == spte and old_gfn == gfn:

@@ -47,7 +47,8 @@ def kvm_vcpu_srcu_read_lock(vcpu: KvmVcpu) -> None:
 
 
 def kvm_vcpu_srcu_read_unlock(vcpu: KvmVcpu) -> None:
-    """It uses no slot any more.  No point stands here: this only lets somebody else go on."""
+    """It uses no slot any more."""
+    preemption_point("kvm_vcpu_srcu_read_unlock", vcpu.shared, True)
     vcpu.srcu_seq += vcpu.srcu_seq & 1  # an exception may have come in between
 
 

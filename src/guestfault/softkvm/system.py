@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+
 from guestfault.dialect.published import dialect_named
 from guestfault.dialect.record import Dialect
-from guestfault.softkvm.capabilities import check_extension
+from guestfault.errors import KvmError
+from guestfault.softkvm.capabilities import check_extension, vm_types
 from guestfault.softkvm.mm import HostMm
 from guestfault.softkvm.vm import SoftVm
+from guestfault.uapi import kvm as uapi
 
 __all__ = ["SoftSystem"]
 
@@ -34,11 +38,13 @@ class SoftSystem:
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``."""
-        return check_extension(self.dialect, cap)
+        return check_extension(self.dialect, cap, tdp_enabled=self.tdp_enabled)
 
-    def create_vm(self) -> SoftVm:
-        """``KVM_CREATE_VM``."""
-        return SoftVm(self.dialect, self._mm, tdp_enabled=self.tdp_enabled)
+    def create_vm(self, vm_type: int = uapi.KVM_X86_DEFAULT_VM) -> SoftVm:
+        """``KVM_CREATE_VM`` of a type; EINVAL for one that ``KVM_CAP_VM_TYPES`` does not have."""
+        if vm_type < 0 or not vm_types(self.dialect, self.tdp_enabled) >> vm_type & 1:
+            raise KvmError("KVM_CREATE_VM", errno.EINVAL, f"VM type {vm_type}")
+        return SoftVm(self.dialect, self._mm, tdp_enabled=self.tdp_enabled, vm_type=vm_type)
 
     def close(self) -> None:
         """Close what it opened; its VMs must be closed first."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from signal import Signals
 
 from guestfault.dialect.unmerged import kvm_run_v5
 from guestfault.errors import KvmError
@@ -23,6 +24,7 @@ from guestfault.softkvm.kvm_host import (
     vcpu_put,
 )
 from guestfault.softkvm.lapic import APIC_BASE_BSP, KvmLapic
+from guestfault.softkvm.mmu import private_direct_page_fault
 from guestfault.softkvm.msr import read_msr, write_msr
 from guestfault.softkvm.paging_tmpl import gva_to_gpa
 from guestfault.softkvm.preempt import Mutex, preemption_point
@@ -56,6 +58,8 @@ class SoftVcpu:
         self._mutex = Mutex(self.arch.shared)  # vcpu->mutex: one ioctl at a time
         if not kvm.tdp_enabled:
             kvm_mmu_create(self.arch)
+        elif kvm.has_private_mem:
+            self.arch.mmu_page_fault = private_direct_page_fault
         self.arch.cpu = (kvm.make_processor or Cpu)(Hooks(self._on_tlb_miss, self._fetch))
         self.arch.cpu.write_gprs({"rip": 0xFFF0, "rflags": 2, "rdx": 0x600})
         if kvm.irqchip_in_kernel:
@@ -120,6 +124,9 @@ class SoftVcpu:
             vcpu.requests.add(Request.SIGNAL)
         kvm_vcpu_kick(vcpu)
 
+    def set_interrupting_signals(self, signals: Iterable[Signals]) -> None:
+        """Nothing to set: SIGBUS ends the :meth:`run` it is sent in, and no other signal does."""
+
     def _end_kick(self, ret: int) -> None:
         """KVM_RUN has ended, with this result: a kick holds until one ends with -EINTR."""
         with self._kick_lock:
@@ -143,7 +150,7 @@ class SoftVcpu:
         vcpu.in_guest_mode = True
         if answer is None:
             vcpu.refused_fetch = gva if access == _FETCH else None
-        elif vcpu.requests or vcpu.mapped_memslots is not vcpu.kvm.memslots:
+        elif vcpu.requests or vcpu.slots_changed():
             # The answer may be stale, for whoever made the request saw us outside guest mode, or
             # it is in a slot that the processor has not been given yet.
             vcpu.refusal, vcpu.refused_fetch = _RETRY, None

@@ -9,10 +9,18 @@ from guestfault.errors import KvmError
 from guestfault.softkvm.capabilities import (
     MAX_VCPUS,
     check_extension,
+    has_region2,
     may_enable,
     valid_slot_flags,
 )
+from guestfault.softkvm.guest_memfd import (
+    kvm_gmem_bind,
+    kvm_gmem_create,
+    kvm_gmem_destroy,
+    kvm_gmem_unbind,
+)
 from guestfault.softkvm.kvm_host import Kvm, kvm_flush_remote_tlbs, kvm_get_running_vcpu
+from guestfault.softkvm.mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from guestfault.softkvm.memslots import kvm_set_memory_region
 from guestfault.softkvm.mm import Mm
 from guestfault.softkvm.preempt import preemption_point
@@ -38,8 +46,11 @@ class SoftVm:
         *,
         tdp_enabled: bool = True,
         make_processor: MakeProcessor | None = None,
+        vm_type: int = uapi.KVM_X86_DEFAULT_VM,
     ) -> None:
-        self.kvm = Kvm(dialect, mm, tdp_enabled=tdp_enabled, make_processor=make_processor)
+        self.kvm = Kvm(
+            dialect, mm, tdp_enabled=tdp_enabled, make_processor=make_processor, vm_type=vm_type
+        )
         self._vcpus: dict[int, SoftVcpu] = {}
         self._closed = False
         if not tdp_enabled:
@@ -48,7 +59,10 @@ class SoftVm:
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION``."""
-        return check_extension(self.kvm.dialect, cap)
+        kvm = self.kvm
+        return check_extension(
+            kvm.dialect, cap, tdp_enabled=kvm.tdp_enabled, has_private_mem=kvm.has_private_mem
+        )
 
     def enable_cap(self, cap: int, args: tuple[int, ...] = (), flags: int = 0) -> None:
         """``KVM_ENABLE_CAP``, for the dialects in which userspace must opt in.
@@ -92,30 +106,100 @@ class SoftVm:
         mem = uapi.kvm_userspace_memory_region(
             slot, flags, guest_phys_addr, memory_size, userspace_addr
         )
+        valid = valid_slot_flags(self.kvm.dialect, flags, userfault_bitmap != 0)
+        self._set_region("KVM_SET_USER_MEMORY_REGION", mem, valid, userfault_bitmap)
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+        guest_memfd: int = 0,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """``KVM_SET_USER_MEMORY_REGION2``: the same, and a guest_memfd behind it.
+
+        ENOTTY in a dialect that does not have it.
+        """
+        name, kvm = "KVM_SET_USER_MEMORY_REGION2", self.kvm
+        if not has_region2(kvm.dialect):
+            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        mem = uapi.kvm_userspace_memory_region(
+            slot, flags, guest_phys_addr, memory_size, userspace_addr
+        )
+        private = kvm.has_private_mem
+        valid = valid_slot_flags(kvm.dialect, flags, False, region2=True, has_private_mem=private)
+        self._set_region(name, mem, valid, gmem=(guest_memfd, guest_memfd_offset))
+
+    def _set_region(
+        self,
+        name: str,
+        mem: uapi.kvm_userspace_memory_region,
+        valid_flags: int,
+        userfault_bitmap: int = 0,
+        gmem: tuple[int, int] = (0, 0),
+    ) -> None:
         kvm = self.kvm
-        running = kvm_get_running_vcpu()
-        if running is not None and running.kvm is kvm and running.srcu_seq & 1:
-            # It would wait for the very thread that it is on.
-            text = f"called in the midst of vCPU {running.vcpu_id}'s KVM_RUN, by a signal handler"
-            raise KvmError("KVM_SET_USER_MEMORY_REGION", errno.EDEADLK, text)
+        self._refuse_in_run(name)
         with kvm.slots_lock:
             r, old, new = kvm_set_memory_region(
                 kvm.memslots,
                 mem,
-                valid_slot_flags(kvm.dialect, flags, userfault_bitmap != 0),
+                valid_flags,
                 kvm.userfault_flag,
                 userfault_bitmap,
+                kvm.gmem_flag,
             )
+            if r == 0 and new is not None and mem.flags & kvm.gmem_flag:
+                r = kvm_gmem_bind(kvm, new, *gmem)
             if r < 0:
                 raise KvmError(
-                    "KVM_SET_USER_MEMORY_REGION",
+                    name,
                     -r,
-                    f"slot {slot}: gpa {guest_phys_addr:#x}, {memory_size:#x} bytes"
-                    f" at {userspace_addr:#x}, flags {flags:#x}",
+                    f"slot {mem.slot}: gpa {mem.guest_phys_addr:#x}, {mem.memory_size:#x} bytes"
+                    f" at {mem.userspace_addr:#x}, flags {mem.flags:#x}",
                 )
             if old is None and new is None:
                 return
             kvm_set_memslot(kvm, old, new)
+            if old is not None and new is None:
+                kvm_gmem_unbind(kvm, old)
+
+    def _refuse_in_run(self, name: str) -> None:
+        running = kvm_get_running_vcpu()
+        if running is not None and running.kvm is self.kvm and running.srcu_seq & 1:
+            # It would wait for the very thread that it is on.
+            text = f"called in the midst of vCPU {running.vcpu_id}'s KVM_RUN, by a signal handler"
+            raise KvmError(name, errno.EDEADLK, text)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """``KVM_CREATE_GUEST_MEMFD``: a descriptor, which the caller closes.
+
+        ENOTTY in a dialect that does not have it.
+        """
+        name, kvm = "KVM_CREATE_GUEST_MEMFD", self.kvm
+        if kvm.dialect.guest_memfd_flags is None:
+            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        r = kvm_gmem_create(kvm, size, flags)
+        if r < 0:
+            raise KvmError(name, -r, f"{size:#x} bytes, flags {flags:#x}")
+        return r
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
+        """``KVM_SET_MEMORY_ATTRIBUTES`` of ``[address, address + size)``.
+
+        ENOTTY in a dialect that does not have it; EDEADLK as with slots.
+        """
+        name, kvm = "KVM_SET_MEMORY_ATTRIBUTES", self.kvm
+        if kvm.dialect.guest_memfd_flags is None:
+            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        self._refuse_in_run(name)
+        r = kvm_vm_ioctl_set_mem_attributes(kvm, address, size, attributes)
+        if r < 0:
+            detail = f"[{address:#x}, {address + size:#x}), attributes {attributes:#x}"
+            raise KvmError(name, -r, detail)
 
     def get_dirty_log(self, slot: int) -> bytes:
         """``KVM_GET_DIRTY_LOG``: what was written since, and write-protect it again."""
@@ -177,3 +261,4 @@ class SoftVm:
             vcpu.close()
         self.kvm.workqueue.close()
         self._vcpus.clear()
+        kvm_gmem_destroy(self.kvm)

@@ -10,8 +10,9 @@ guest, 0 exits to userspace with ``kvm_run`` filled, a negative errno is what KV
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from guestfault.softkvm import preempt
 from guestfault.softkvm.async_pf_ready import kvm_check_async_pf_completion
 from guestfault.softkvm.block import (
     kvm_vcpu_block,
@@ -24,10 +25,12 @@ from guestfault.softkvm.emulator import x86_emulate_instruction
 from guestfault.softkvm.events import has_event, inject_event, must_step, step
 from guestfault.softkvm.exception_queue import from_intercept, kvm_queue_exception
 from guestfault.softkvm.fault_address import refine
+from guestfault.softkvm.guest_memfd import kvm_gmem_release_closed
 from guestfault.softkvm.internal_error import internal_error
 from guestfault.softkvm.kvm_host import KvmVcpu, Request, kvm_check_request
-from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, Memslots
-from guestfault.softkvm.processor import REFUSED, Stop, StopKind
+from guestfault.softkvm.memslots import KVM_MEMSLOT_INVALID, KvmMemorySlot, Memslots
+from guestfault.softkvm.preempt import preemption_point
+from guestfault.softkvm.processor import PRIVATE_PAGE, REFUSED, Stop, StopKind
 from guestfault.softkvm.refusal import (
     AccessFailed,
     Emulate,
@@ -79,22 +82,31 @@ def _wait_for_init(vcpu: KvmVcpu) -> int:
 def vcpu_run(vcpu: KvmVcpu) -> int:
     """Enter the guest, or sleep while it is halted, until a handler wants userspace."""
     vcpu_run_begin(vcpu)
+    if vcpu.kvm.has_gmem:
+        kvm_gmem_release_closed(vcpu.kvm)
+    _about_to_look_at_requests(vcpu)
     while True:
         # Nothing is ever halted without an APIC.
         running = vcpu.apic is None or kvm_vcpu_running(vcpu)
         r = vcpu_enter_guest(vcpu) if running else vcpu_block(vcpu)
         if r <= 0:
             return r
+        _about_to_look_at_requests(vcpu)
         if kvm_check_request(vcpu, Request.SIGNAL):
             vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
             vcpu.stat.signal_exits += 1
             return -errno.EINTR
 
 
+def _about_to_look_at_requests(vcpu: KvmVcpu) -> None:
+    """The point for all looks at them from here to the next point."""
+    if preempt.scheduler is not None:
+        preemption_point("vcpu_run: look at the requests", vcpu.shared)
+
+
 def vcpu_enter_guest(vcpu: KvmVcpu) -> int:
     """Serve the requests, deliver what is pending, run the guest once, handle its exit."""
-    unready = vcpu.mapped_memslots is not vcpu.kvm.memslots or vcpu.sregs_changed
-    if vcpu.requests or unready:
+    if vcpu.requests or vcpu.sregs_changed or vcpu.slots_changed():
         r = _serve_requests(vcpu)
         if r is not None:
             return r
@@ -109,8 +121,9 @@ def _serve_requests(vcpu: KvmVcpu) -> int | None:
     One that prepares an exit leaves at once: no page fault is made on the way out, in which
     ``kvm_run`` could be written again.
     """
+    _about_to_look_at_requests(vcpu)
     flush = kvm_check_request(vcpu, Request.TLB_FLUSH)
-    if vcpu.mapped_memslots is not vcpu.kvm.memslots:
+    if vcpu.slots_changed():
         _map_memslots(vcpu, vcpu.kvm.memslots)
         # Translated code still knows the memory that it was in, and would crash the engine.
         flush = True
@@ -120,6 +133,7 @@ def _serve_requests(vcpu: KvmVcpu) -> int | None:
         vcpu.cpu.flush_code()
     if vcpu.sregs_changed:
         vcpu.load_sregs()
+    _about_to_look_at_requests(vcpu)
     if not vcpu.requests:
         return None
     if kvm_check_request(vcpu, Request.TRIPLE_FAULT):
@@ -131,6 +145,7 @@ def _serve_requests(vcpu: KvmVcpu) -> int | None:
         return 1
     if kvm_check_request(vcpu, Request.APF_READY):
         kvm_check_async_pf_completion(vcpu)
+        _about_to_look_at_requests(vcpu)
     if kvm_check_request(vcpu, Request.EVENT):
         vcpu.stat.req_event += 1
     return None
@@ -251,7 +266,7 @@ def _map_memslots(vcpu: KvmVcpu, memslots: Memslots) -> None:
     """Make the processor's memory the VM's slots."""
 
     def regions(slots: Memslots) -> set[tuple[int, int, int]]:
-        return {(s.base_gfn << 12, s.npages << 12, s.userspace_addr) for s in slots.slots}
+        return {region for slot in slots.slots for region in _regions(slot)}
 
     old, new = regions(vcpu.mapped_memslots), regions(memslots)
     for gpa, size, _ in old - new:
@@ -259,3 +274,15 @@ def _map_memslots(vcpu: KvmVcpu, memslots: Memslots) -> None:
     for gpa, size, hva in new - old:
         vcpu.cpu.map_ram(gpa, size, hva)
     vcpu.mapped_memslots = memslots
+
+
+def _regions(slot: KvmMemorySlot) -> Iterator[tuple[int, int, int]]:
+    """(address, size, host address) of a slot's memory, as the processor is to have it."""
+    gpa, size, gmem = slot.base_gfn << 12, slot.npages << 12, slot.gmem
+    if gmem is None:
+        yield gpa, size, slot.userspace_addr
+        return
+    shared = gmem.address if slot.gmem_only else slot.userspace_addr
+    if shared:  # where all is private, there need be no address
+        yield gpa, size, shared
+    yield PRIVATE_PAGE | gpa, size, gmem.address

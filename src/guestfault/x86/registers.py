@@ -82,6 +82,7 @@ __all__ = [
     "PFERR_GUEST_PAGE_MASK",
     "PFERR_PK_MASK",
     "PFERR_PRESENT_MASK",
+    "PFERR_PRIVATE_ACCESS",
     "PFERR_RSVD_MASK",
     "PFERR_SS_MASK",
     "PFERR_USER_MASK",
@@ -248,6 +249,8 @@ PFERR_SS_MASK: Final = 1 << 6
 # Of a nested page fault only (AMD64 APM volume 2, "Nested Paging").
 PFERR_GUEST_FINAL_MASK: Final = 1 << 32  # the access itself, its address translated
 PFERR_GUEST_PAGE_MASK: Final = 1 << 33  # the walk of the guest's page tables
+# KVM's own (arch/x86/include/asm/kvm_host.h, 6.10): no processor sets it.
+PFERR_PRIVATE_ACCESS: Final = 1 << 49  # the access wants private memory
 
 
 def describe_error_code(error_code: int) -> str:

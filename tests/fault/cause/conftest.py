@@ -7,6 +7,7 @@ write after the access tells that it completed.
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from guestfault.fault.outcome import Io, Outcome, outcome
 from guestfault.kvm import KvmSystem
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
+from guestfault.linux.sigbus import SigbusHeld, take_sigbus
 from guestfault.linux.userfaultfd import Userfaultfd
 from guestfault.memory.slots import MemorySlot, SlotMap
 from guestfault.softkvm.system import SoftSystem
@@ -40,8 +42,10 @@ WRITE_RBX = b"\x48\x89\x03\xe6\x10"  # mov [rbx], rax; out 0x10, al
 class Machine:
     """A VM with one vCPU; :meth:`access` runs it until the access is made, or fails."""
 
-    def __init__(self, system: Any, *kind: int) -> None:
+    def __init__(self, system: Any, *kind: int, irqchip: bool = False) -> None:
         self.vm = system.create_vm(*kind)
+        if irqchip:
+            self.vm.create_irqchip()
         self.slots = SlotMap()
         self.home_file = Memfd("home", HOME_SIZE)
         self.home = Mapping.from_memfd(self.home_file)
@@ -71,15 +75,26 @@ class Machine:
 
     def access(self, kind: AccessKind, offset: int = 0) -> Outcome:
         """Read or write 8 bytes at an offset of the memory under test."""
+        self.prepare(kind, offset)
+        return self.run()
+
+    def prepare(self, kind: AccessKind, offset: int = 0) -> None:
+        """Stand before that access."""
         self.kind, self.gpa = kind, TARGET + offset
         regs = uapi.kvm_regs(rip=WRITER if kind is AccessKind.WRITE else READER, rflags=0x3002)
         regs.rbx, regs.rax = self.gpa, 0x1122334455667788
         self.vcpu.set_regs(regs)
-        return self.run()
 
     def run(self) -> Outcome:
         in_slot = lambda gpa: self.slots.find(gpa) is not None  # noqa: E731
         return outcome(self.vcpu.run(), self.vcpu.kvm_run, self.interface, in_slot)
+
+    def run_holding_sigbus(self) -> Outcome:
+        """The same on a thread that is prepared for broken memory."""
+        self.vcpu.set_interrupting_signals({signal.SIGBUS})
+        with SigbusHeld():
+            ret = self.vcpu.run()
+            return outcome(ret, self.vcpu.kvm_run, self.interface, sigbus=take_sigbus())
 
     def completes(self) -> bool:
         """Run on: whether the access succeeds now, so that the port write is reached."""
@@ -117,8 +132,8 @@ def _user_mode(sregs: uapi.kvm_sregs) -> uapi.kvm_sregs:
 
 
 def open_system(name: str) -> Any:
-    if name == "softkvm":
-        return SoftSystem("linux-6.8")
+    if name.startswith("softkvm"):
+        return SoftSystem(name.partition(" ")[2] or "linux-6.8")
     try:
         return KvmSystem()
     except Unavailable as error:
@@ -150,15 +165,35 @@ def real_machine() -> Iterator[Machine]:
     system.close()
 
 
-@pytest.fixture
-def protected_machine() -> Iterator[Machine]:
+@pytest.fixture(params=["softkvm linux-7.3", "/dev/kvm"])
+def machine_with_guest_memfd(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """One whose ordinary memory can be in a guest_memfd."""
+    system = open_system(request.param)
+    machine = Machine(system)
+    yield machine
+    machine.close()
+    system.close()
+
+
+@pytest.fixture(params=["softkvm linux-6.8", "softkvm linux-7.3", "/dev/kvm"])
+def protected_machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """One whose memory can be private."""
-    system = open_system("/dev/kvm")
+    yield from _protected(request.param)
+
+
+@pytest.fixture(params=["softkvm linux-7.3", "/dev/kvm"])
+def protected_machine_with_irqchip(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """The same with interrupt controllers in the kernel: page faults can be asynchronous."""
+    yield from _protected(request.param, irqchip=True)
+
+
+def _protected(name: str, *, irqchip: bool = False) -> Iterator[Machine]:
+    system = open_system(name)
     kind = uapi.KVM_X86_SW_PROTECTED_VM
     if not system.check_extension(uapi.KVM_CAP_VM_TYPES) >> kind & 1:
         system.close()
         pytest.skip("needs KVM_X86_SW_PROTECTED_VM: scripts/sw-protected-kernel.sh builds a kernel")
-    machine = Machine(system, kind)
+    machine = Machine(system, kind, irqchip=irqchip)
     yield machine
     machine.close()
     system.close()

@@ -1,4 +1,4 @@
-"""Causes in a guest_memfd and in poisoned memory, made to happen to a vCPU of /dev/kvm."""
+"""Causes in a guest_memfd, made to happen to a vCPU, and in poisoned memory, to one of /dev/kvm."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def bind(machine, guest_memfd: int, size: int) -> None:
     )
 
 
-def test_guest_memfd_gone(real_machine):
-    machine = real_machine
+def test_guest_memfd_gone(machine_with_guest_memfd):
+    machine = machine_with_guest_memfd
     has = machine.vm.check_extension
     if has(uapi.KVM_CAP_GUEST_MEMFD_FLAGS) & SHARED != SHARED:
         pytest.skip("needs a guest_memfd of shared memory (KVM_CAP_GUEST_MEMFD_FLAGS)")

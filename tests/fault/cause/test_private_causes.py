@@ -1,6 +1,6 @@
 """Causes in private memory, made to happen to a vCPU of a KVM_X86_SW_PROTECTED_VM.
 
-On most machines these are skipped: ``scripts/lab-tests.py`` runs them on a kernel that
+On most machines only the software KVM has one: ``scripts/lab-tests.py`` runs them on a kernel that
 ``scripts/sw-protected-kernel.sh`` has built.
 """
 
@@ -17,10 +17,13 @@ import pytest
 
 from guestfault.fault.access import AccessKind
 from guestfault.fault.cause.record import Kind, Remedy
-from guestfault.fault.outcome import Io, MemoryFault
+from guestfault.fault.outcome import Io, MemoryFault, Mmio, RamMmio
 from guestfault.linux.mapping import Mapping
 from guestfault.linux.memfd import Memfd
 from guestfault.memory.slots import MemorySlot, SlotMap
+from guestfault.softkvm import mmu
+from guestfault.softkvm.kvm_host import KvmVcpu
+from guestfault.softkvm.mmu_internal import KvmPageFault
 from guestfault.uapi import kvm as uapi
 
 from .conftest import TARGET, Machine
@@ -122,7 +125,82 @@ def test_conversion_goes_between_two_memories(shared: Shared) -> None:
     os.close(fd)
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "protected_machine", ["softkvm linux-6.8", "softkvm linux-7.3"], indirect=True
+)
+@pytest.mark.parametrize("then", [PRIVATE, 0], ids=["to-private", "to-shared"])
+def test_the_mismatch_tells_what_was(
+    shared: Shared, then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant: a fault in the midst of which its page is converted is cured by a retry alone.
+
+    Whoever converts to what the exit says undoes the conversion of the other thread.
+    """
+    machine = shared.machine
+    fd = machine.vm.create_guest_memfd(SIZE)
+    shared.bind(fd)
+    machine.vm.set_memory_attributes(TARGET, PAGE, PRIVATE ^ then)
+    direct_page_fault = mmu.direct_page_fault
+
+    def convert() -> None:
+        machine.vm.set_memory_attributes(TARGET, PAGE, then)
+
+    def converted_first(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
+        if fault.gfn == TARGET // PAGE:
+            monkeypatch.undo()
+            thread = threading.Thread(target=convert)
+            thread.start()
+            thread.join()
+        return direct_page_fault(vcpu, fault)
+
+    monkeypatch.setattr(mmu, "direct_page_fault", converted_first)
+    said = machine.access(READ)
+    assert said == MemoryFault(TARGET, PAGE, PRIVATE ^ then, errno.EFAULT)
+    (cause,) = machine.causes(said, attributes=then)
+    assert (cause.kind, cause.by) == (Kind.PRIVATE_MISMATCH, Remedy.CONVERT)
+    assert "run the vCPU again" in cause.how
+    assert machine.completes()
+    assert shared.seen == (0 if then else CONTENT)
+    os.close(fd)
+
+
+@pytest.mark.timeout(60)
+def test_conversions_under_a_vcpu_that_goes_on(shared: Shared) -> None:
+    """Invariant: what a vCPU reads is in the one memory or in the other; a mismatch, it retries."""
+    machine = shared.machine
+    fd = machine.vm.create_guest_memfd(SIZE)
+    shared.bind(fd)
+    stop = threading.Event()
+
+    def convert() -> None:
+        while not stop.wait(0.0005):
+            machine.vm.set_memory_attributes(TARGET, PAGE, PRIVATE)
+            stop.wait(0.0005)
+            machine.vm.set_memory_attributes(TARGET, PAGE, 0)
+
+    thread = threading.Thread(target=convert)
+    thread.start()
+    seen: set[int] = set()
+    accesses = 0
+    try:
+        while accesses < 200 or len(seen) < 2:
+            accesses += 1
+            said = machine.access(READ)
+            if isinstance(said, MemoryFault):
+                assert (said.gpa, said.size, said.errno) == (TARGET, PAGE, errno.EFAULT)
+            else:
+                assert isinstance(said, Io)
+                seen.add(shared.seen)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen == {0, CONTENT}, "one memory or the other, and no third content"
+    os.close(fd)
+
+
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("protected_machine", ["/dev/kvm"], indirect=True)
 def test_a_conversion_under_way_is_a_mismatch_both_ways(shared: Shared) -> None:
     """Invariant: what a vCPU meets while another thread converts its page, a retry cures.
 
@@ -161,4 +239,32 @@ def test_a_conversion_under_way_is_a_mismatch_both_ways(shared: Shared) -> None:
         thread.join()
     assert isinstance(machine.access(READ), Io)
     assert shared.seen == CONTENT
+    os.close(fd)
+
+
+@pytest.mark.parametrize("protected_machine", ["softkvm linux-7.3", "/dev/kvm"], indirect=True)
+def test_private_memory_where_a_device_was(shared: Shared) -> None:
+    """The entry that says "no memory" outlives attribute and slot, and its faults are shared ones.
+
+    What the exit asks for has the access made, to the wrong memory; and so the entry replaced.
+    """
+    machine = shared.machine
+    assert isinstance(machine.access(READ), Mmio | RamMmio)
+    assert machine.completes()
+    machine.vm.set_memory_attributes(TARGET, PAGE, PRIVATE)
+    fd = machine.vm.create_guest_memfd(SIZE)
+    shared.bind(fd)
+    mismatch = MemoryFault(TARGET, PAGE, 0, errno.EFAULT)
+    for _ in range(3):
+        assert machine.access(READ) == mismatch
+    (cause,) = machine.causes(mismatch, attributes=PRIVATE)
+    assert cause.kind == Kind.PRIVATE_MISMATCH
+    shared.bind(fd)
+    assert machine.access(READ) == mismatch
+    machine.vm.set_memory_attributes(TARGET, PAGE, 0)
+    assert isinstance(machine.access(READ), Io)
+    assert shared.seen == CONTENT
+    machine.vm.set_memory_attributes(TARGET, PAGE, PRIVATE)
+    assert isinstance(machine.access(READ), Io)
+    assert shared.seen == 0
     os.close(fd)

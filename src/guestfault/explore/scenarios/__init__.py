@@ -15,6 +15,8 @@ from guestfault.explore.scenarios import (
     async_for_ever,
     async_ready,
     bitmap,
+    conversion,
+    conversion_async,
     dirty_log,
     exit_reason_between_runs,
     helper_without_vcpu,
@@ -56,6 +58,9 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
             dirty_log.SCENARIO,
             bitmap.CLEARED,
             bitmap.UNREADABLE,
+            conversion.ANSWERED,
+            conversion.OBEYED,
+            conversion_async.SCENARIO,
         )
     }
 )
