@@ -10,26 +10,28 @@ state that was known; ``decided`` counts besides those whose next step was known
 state, so that they need not be run.  ``engine`` is a world that does nothing but meet points, three
 threads of thirty: what the scheduler and the search themselves cost.
 
-Then everything is explored with one process and with two, for the time that it takes and the same
-table from both.
+Then all dialects are explored with one preemption, by the command itself, with one process and with
+two: for the time that it takes, and the same table from both.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 
 from guestfault.dialect.published import DIALECTS
 from guestfault.dialect.record import Dialect
-from guestfault.explore.jobs import do_searches
 from guestfault.explore.scenario import Kind, Scenario, Verdict
 from guestfault.explore.scenarios import SCENARIOS
-from guestfault.explore.search import Bound, Search, explore
-from guestfault.explore.table import cell_of
+from guestfault.explore.search import Bound, explore
 from guestfault.softkvm.preempt import preemption_point
 
 DIALECT = "seed"
-LIMIT = 500  # schedules per cell, in the comparison of one process and two
+PROGRAM = "import sys; from guestfault.cli.main import main; sys.exit(main())"
+COMMAND = (sys.executable, "-c", PROGRAM, "explore")
 
 
 class Engine:
@@ -90,22 +92,17 @@ def one_core(scenario: Scenario, seconds: float) -> None:
 
 
 def compare_jobs(names: list[str]) -> None:
-    """Explore all of it with one process and with two."""
+    """Explore all of it with one process and with two, as the command does."""
     took, tables = {}, []
     for jobs in (1, 2):
-        searches = [
-            Search(SCENARIOS[name], dialect, Bound(2, LIMIT))
-            for name in names
-            for dialect in DIALECTS.values()
-            if SCENARIOS[name].applies(dialect) is None
-        ]
+        command = [*COMMAND, "--json", "--preemptions", "1", "--jobs", str(jobs), *names]
         began = time.monotonic()
-        do_searches(searches, jobs)
+        tables.append(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         took[jobs] = time.monotonic() - began
-        tables.append([cell_of(search) for search in searches])
-        schedules = sum(search.tally.schedules for search in searches)
+        cells = [cell for cell in json.loads(tables[-1])["cells"] if "verdict" in cell]
+        schedules = sum(cell["schedules"] for cell in cells)
         print(
-            f"--jobs {jobs}: {len(searches)} cells, {schedules:,} schedules in {took[jobs]:.1f} s,"
+            f"--jobs {jobs}: {len(cells)} cells, {schedules:,} schedules in {took[jobs]:.1f} s,"
             f" {schedules / took[jobs]:,.0f} per second"
         )
     which = "the same table" if tables[0] == tables[1] else "ANOTHER TABLE"

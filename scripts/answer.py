@@ -54,7 +54,7 @@ def table(explored: dict[str, Any], cells: dict[tuple[str, str], dict[str, Any]]
     ]
     for i, name in enumerate(scenarios):
         lines.append(f"| {name} | " + " | ".join(verdicts[i] for verdicts in columns) + " |")
-    searched = [cell for cell in cells.values() if "verdict" in cell]
+    searched = [cell for cell in explored["cells"] if "verdict" in cell]
     schedules = sum(cell["schedules"] for cell in searched)
     assert all(cell["exhausted"] or not cell["beyond"] for cell in searched), "raise the limit"
     lines += [
