@@ -17,6 +17,7 @@ from guestfault.paging.pager import Pager
 from guestfault.paging.resolver import FaultResolver, UnresolvableError
 from guestfault.paging.source.base import SourceError
 from guestfault.softkvm.system import SoftSystem
+from guestfault.uapi import mman
 
 GPA = 0x10_0000  # of the RAM: not where its offsets begin
 
@@ -72,6 +73,23 @@ def test_an_mmio_write_to_ram_is_applied_to_the_page_after_it_was_filled(resolve
     resolver.resolve_ram_mmio(RamMmio(GPA + at, b"abcd", 4, is_write=True))
     seen = process_memory.read(ram.guest.address + at - 1, 6)
     assert seen == b"\6abcd\6"
+
+
+@pytest.mark.parametrize("is_write", [False, True])
+def test_memory_that_is_lost_stops_the_vcpu_and_not_the_process(resolver, ram, is_write) -> None:
+    """As it is of a page that has failed; here the host's own view of it is shut instead."""
+    run, at = resolver._vcpu.kvm_run, 5 * PAGE_SIZE
+    resolver.pager.bring_in(at)
+    run.mmio.data[:] = b"unasked!"
+    exit_ = RamMmio(GPA + at, b"abcd" if is_write else b"", 4, is_write)
+    ram.host.protect(at, PAGE_SIZE, mman.PROT_NONE)
+    with pytest.raises(UnresolvableError) as caught:
+        resolver.resolve_ram_mmio(exit_)
+    assert caught.value.access.gpa == GPA + at
+    assert (bytes(run.mmio.data), resolver.account.ram_mmio) == (b"unasked!", 0)
+    ram.host.protect(at, PAGE_SIZE, mman.PROT_READ | mman.PROT_WRITE)
+    resolver.resolve_ram_mmio(exit_)
+    assert process_memory.read(ram.guest.address + at, 4) == (b"abcd" if is_write else 4 * b"\6")
 
 
 def test_nothing_is_answered_from_a_page_that_cannot_be_had(resolver, source, ram) -> None:

@@ -17,6 +17,7 @@ from guestfault.fault.locate.annotation import from_annotation
 from guestfault.fault.locate.mmio import from_mmio
 from guestfault.fault.outcome import BareFault, MemoryFault, RamMmio
 from guestfault.kvm.protocols import Vcpu
+from guestfault.linux import process_memory
 from guestfault.memory.ram import PAGE_SIZE
 from guestfault.memory.slots import SlotMap
 from guestfault.paging.account import FaultAccount
@@ -28,11 +29,11 @@ __all__ = ["FaultResolver", "UnresolvableError"]
 
 
 class UnresolvableError(GuestfaultError):
-    """An access failed that no page can cure: ``access`` is outside every memory slot."""
+    """An access failed that no page can cure: it is in no slot, or in memory that has failed."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, reason: str) -> None:
         self.access = access
-        super().__init__(f"{access}: it is in no memory slot, so there is no page to bring in")
+        super().__init__(f"{access}: {reason}")
 
 
 class FaultResolver:
@@ -105,18 +106,27 @@ class FaultResolver:
         """
         access = from_mmio(exit_, self._slots)
         offset = self._bring_in(access, exit_)
-        self.account.ram_mmio += 1
-        memory = self.pager.ram.bytes[offset : offset + exit_.length]
+        # By the kernel's hand: an instruction of ours that meets memory which has failed since the
+        # page came in would be the end of the process.
+        at = self.pager.ram.host.address + offset
         if exit_.is_write:
-            memory[:] = exit_.data
+            done = process_memory.write(at, exit_.data)
         else:
-            self._vcpu.kvm_run.mmio.data[: exit_.length] = memory
+            memory = process_memory.read(at, exit_.length)
+            done = memory is not None
+            if memory is not None:
+                self._vcpu.kvm_run.mmio.data[: exit_.length] = memory
+        if not done:
+            raise UnresolvableError(access, str(why(access, exit_)))
+        self.account.ram_mmio += 1
 
     def _bring_in(self, access: Access, failure: Failure | None) -> int:
         """Bring the access's pages in; the RAM offset at which it begins."""
         began = time.perf_counter_ns()
         if access.hva is None:
-            raise UnresolvableError(access)
+            raise UnresolvableError(
+                access, "it is in no memory slot, so there is no page to bring in"
+            )
         try:
             self.guard.saw(access)
         except FaultLoopError as e:
