@@ -49,6 +49,7 @@ def test_a_kernel_that_cannot_be_started_is_one_line(
         ["lab", "run", "--kernel", "6.12", "--timeout", "0", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--smp", "-1", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--npt", "0", "--ept", "1", "--", "x"],
+        ["lab", "run", "--kernel", "6.12", "--npt", "1", "--ept", "1", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--ept", "2", "--", "x"],
         ["lab", "run", "--kernel", "6.12", "--file", "nocolon", "--", "x"],
         ["lab", "fetch"],

@@ -69,8 +69,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--npt",
-        choices=("0", "1"),
-        default="1",
+        choices=("0", "1"),  # no default: argparse lets one pass beside the other option
         help="whether kvm_amd uses nested page tables (default 1) or shadow ones",
     )
     which.add_argument(
@@ -216,7 +215,7 @@ def _run(args: argparse.Namespace) -> int:
         result = run(
             find_kernel(args.kernel, args.modules),
             args.command,
-            npt=args.npt == "1",
+            npt=args.npt != "0",
             ept=None if args.ept is None else args.ept == "1",
             processors=args.smp,
             memory=args.memory,
