@@ -115,11 +115,12 @@ class GiveUp:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_search_finds_the_same_in_worlds_that_are_built_each_time(
-    name: str, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenario = SCENARIOS[name]
-    if scenario.applies(dialect) is not None:
-        pytest.skip("no question")
+    # The first to which it is a question, the seed's own before others.
+    dialects = [DIALECTS["seed"], *DIALECTS.values()]
+    dialect = next(dialect for dialect in dialects if scenario.applies(dialect) is None)
     bound = Bound(2, schedules=150)
     put_back = explore(scenario, dialect, bound)
     monkeypatch.setattr(Machine, "rewindable", False)
