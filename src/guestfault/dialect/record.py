@@ -215,6 +215,11 @@ class Dialect:
         return missing.value if missing is not None and missing.ask is Ask.BITMAP else 0
 
     @property
+    def has_guest_memfd(self) -> bool:
+        """Whether it has guest_memfd, and private memory with it."""
+        return self.guest_memfd_flags is not None
+
+    @property
     def capabilities(self) -> tuple[Capability, ...]:
         """Its capabilities, the one that announces the exit first."""
         missing = () if self.missing is None else (self.missing.cap,)

@@ -40,7 +40,6 @@ class Emulator(Protocol):
     @property
     def environment(self) -> dict[str, str]:
         """The environment to start it in."""
-        ...
 
     def give(
         self,
@@ -57,11 +56,9 @@ class Emulator(Protocol):
         initramfs.  Raises :class:`~guestfault.lab.errors.CannotEmulateError` for a machine that it
         cannot emulate.
         """
-        ...
 
     def last_words(self, said: str, status: int) -> tuple[str, bool]:
         """Why it ended, out of what it ``said``, and whether the machine only restarted."""
-        ...
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ def check_extension(
         return 1
     if cap == uapi.KVM_CAP_USER_MEMORY2:
         return int(has_region2(dialect))
-    if dialect.guest_memfd_flags is None:
+    if not dialect.has_guest_memfd:
         return _COMMON.get(cap, 0)
     match cap:
         case uapi.KVM_CAP_VM_TYPES:
@@ -69,14 +69,14 @@ def vm_types(dialect: Dialect, tdp_enabled: bool) -> int:
     One that has private memory takes two-dimensional paging.
     """
     types = 1 << uapi.KVM_X86_DEFAULT_VM
-    if dialect.guest_memfd_flags is not None and tdp_enabled:
+    if dialect.has_guest_memfd and tdp_enabled:
         types |= 1 << uapi.KVM_X86_SW_PROTECTED_VM
     return types
 
 
 def has_region2(dialect: Dialect) -> bool:
     """Whether there is KVM_SET_USER_MEMORY_REGION2, for a guest_memfd or for a bitmap."""
-    return dialect.guest_memfd_flags is not None or dialect.userfault_flag != 0
+    return dialect.has_guest_memfd or dialect.userfault_flag != 0
 
 
 def valid_slot_flags(

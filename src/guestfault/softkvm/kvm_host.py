@@ -167,14 +167,12 @@ class Kvm:
     has_private_mem: bool = field(init=False)
     has_gmem: bool = field(init=False)
     """Whether it has that, or ever had a guest_memfd."""
-    private_in_error_code: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule_work = self.workqueue.schedule_work
         self.missing_flag = self.dialect.slot_flag
         self.userfault_flag = self.dialect.userfault_flag
-        has_gmem = self.dialect.guest_memfd_flags is not None
-        self.gmem_flag = uapi.KVM_MEM_GUEST_MEMFD if has_gmem else 0
+        self.gmem_flag = uapi.KVM_MEM_GUEST_MEMFD if self.dialect.has_guest_memfd else 0
         info = self.dialect.info
         self.must_opt_in = info is not None and info.enabling is not Enabling.INFORMATIONAL
         self.filters_reasons = self.must_opt_in or self.dialect.annotates_only_missing
@@ -182,8 +180,7 @@ class Kvm:
         self.second_union = self.dialect.interface.payload is Payload.SECOND_UNION
         self.has_private_mem = self.vm_type == uapi.KVM_X86_SW_PROTECTED_VM
         self.has_gmem = self.has_private_mem
-        self.private_in_error_code = self.dialect.private_in_error_code
-        self.second_stage.keeps_mmio = self.has_private_mem and self.private_in_error_code
+        self.second_stage.keeps_mmio = self.has_private_mem and self.dialect.private_in_error_code
 
     def warn_on_once(self, text: str) -> None:
         """``WARN_ON_ONCE``: complain, the first time."""

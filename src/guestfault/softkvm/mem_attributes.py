@@ -38,7 +38,7 @@ _U64 = (1 << 64) - 1
 
 def kvm_supported_mem_attributes(dialect: Dialect, has_private_mem: bool) -> int:
     """``KVM_MEMORY_ATTRIBUTE_*`` that memory of such a VM can have."""
-    return _PRIVATE if has_private_mem and dialect.guest_memfd_flags is not None else 0
+    return _PRIVATE if has_private_mem and dialect.has_guest_memfd else 0
 
 
 def kvm_get_memory_attributes(kvm: Kvm, gfn: int) -> int:

@@ -110,7 +110,7 @@ def kvm_mmu_page_fault(vcpu: KvmVcpu, cr2_or_gpa: int, error_code: int) -> bool:
     in its place, or the guest's own fault that the walk has met.)
     """
     kvm = vcpu.kvm
-    if kvm.has_private_mem and kvm.private_in_error_code:
+    if kvm.has_private_mem and kvm.dialect.private_in_error_code:
         error_code = private_access(vcpu, cr2_or_gpa, error_code)
     r = _INVALID
     if error_code & PFERR_RSVD_MASK:
@@ -208,7 +208,7 @@ def private_direct_page_fault(vcpu: KvmVcpu, fault: KvmPageFault) -> int:
     What stands here does so in ``kvm_mmu_do_page_fault``, for every VM.  A fault whose error code
     does not say whether it is private is what the frame is now, a prefetch too.
     """
-    if not vcpu.kvm.private_in_error_code:
+    if not vcpu.kvm.dialect.private_in_error_code:
         fault.error_code = private_access(vcpu, fault.addr, fault.error_code)
     r = direct_page_fault(vcpu, fault)
     if r == _EMULATE and fault.is_private:

@@ -82,9 +82,8 @@ class SoftVm:
     def set_mem_fault_nowait(self, state: bool) -> None:
         """``KVM_SET_MEM_FAULT_NOWAIT``, of the first version only; ENOTTY in all others."""
         missing = self.kvm.dialect.missing
-        if missing is None or missing.ask is not Ask.VM_SWITCH:
-            detail = f"{self.kvm.dialect.name} has no such ioctl"
-            raise KvmError("KVM_SET_MEM_FAULT_NOWAIT", errno.ENOTTY, detail)
+        there = missing is not None and missing.ask is Ask.VM_SWITCH
+        self._refuse_unless(there, "KVM_SET_MEM_FAULT_NOWAIT")
         self.kvm.mem_fault_nowait = state
 
     def set_user_memory_region(
@@ -124,8 +123,7 @@ class SoftVm:
         ENOTTY in a dialect that does not have it.
         """
         name, kvm = "KVM_SET_USER_MEMORY_REGION2", self.kvm
-        if not has_region2(kvm.dialect):
-            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        self._refuse_unless(has_region2(kvm.dialect), name)
         mem = uapi.kvm_userspace_memory_region(
             slot, flags, guest_phys_addr, memory_size, userspace_addr
         )
@@ -167,6 +165,10 @@ class SoftVm:
             if old is not None and new is None:
                 kvm_gmem_unbind(kvm, old)
 
+    def _refuse_unless(self, there: bool, name: str) -> None:
+        if not there:
+            raise KvmError(name, errno.ENOTTY, f"{self.kvm.dialect.name} has no such ioctl")
+
     def _refuse_in_run(self, name: str) -> None:
         running = kvm_get_running_vcpu()
         if running is not None and running.kvm is self.kvm and running.srcu_seq & 1:
@@ -180,8 +182,7 @@ class SoftVm:
         ENOTTY in a dialect that does not have it.
         """
         name, kvm = "KVM_CREATE_GUEST_MEMFD", self.kvm
-        if kvm.dialect.guest_memfd_flags is None:
-            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        self._refuse_unless(kvm.dialect.has_guest_memfd, name)
         r = kvm_gmem_create(kvm, size, flags)
         if r < 0:
             raise KvmError(name, -r, f"{size:#x} bytes, flags {flags:#x}")
@@ -193,8 +194,7 @@ class SoftVm:
         ENOTTY in a dialect that does not have it; EDEADLK as with slots.
         """
         name, kvm = "KVM_SET_MEMORY_ATTRIBUTES", self.kvm
-        if kvm.dialect.guest_memfd_flags is None:
-            raise KvmError(name, errno.ENOTTY, f"{kvm.dialect.name} has no such ioctl")
+        self._refuse_unless(kvm.dialect.has_guest_memfd, name)
         self._refuse_in_run(name)
         r = kvm_vm_ioctl_set_mem_attributes(kvm, address, size, attributes)
         if r < 0:

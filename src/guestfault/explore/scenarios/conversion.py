@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from guestfault.dialect.record import Dialect
-from guestfault.explore.model_gmem import ModelGmemFiles
 from guestfault.explore.scenario import Kind, Scenario
-from guestfault.explore.scenarios.layout import OLD, PAGES, A
+from guestfault.explore.scenarios.layout import OLD, A
+from guestfault.explore.scenarios.private_page import FILE, applies, with_private_page
 from guestfault.explore.scripted_cpu import load, outb, store
 from guestfault.explore.userspace import Userspace
 from guestfault.explore.world import END_PORT, HVA, Machine
@@ -31,7 +31,6 @@ __all__ = ["ANSWERED", "OBEYED"]
 
 _NEW, _PRIVATE, _REUSED = b"new!", b"priv", b"used"
 _SCRIPT = load("rax", A), store(A, _NEW), load("rbx", A), outb(END_PORT)
-_FILE = HVA + PAGES * PAGE_SIZE
 _IS_PRIVATE = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
 # What the guest has loaded, and what private memory holds then, by when the page was converted:
 # before all of it, after the load, after the store, and after all.
@@ -44,13 +43,9 @@ _ALLOWED = (
 
 
 def _base(dialect: Dialect) -> Machine:
-    machine = Machine(dialect, PAGES + 1, vm_type=uapi.KVM_X86_SW_PROTECTED_VM)
-    vm, pages = machine.vm, machine.mm.pages
-    machine.kvm.gmem_files = ModelGmemFiles(machine.mm, _FILE)
-    machine.slot(0, 0, 2, HVA)
-    file = vm.create_guest_memfd(PAGE_SIZE)
-    vm.set_user_memory_region2(1, A, PAGE_SIZE, HVA + A, uapi.KVM_MEM_GUEST_MEMFD, file)
-    for hva, content in ((HVA + A, OLD), (_FILE, _PRIVATE)):
+    machine = with_private_page(dialect)
+    pages = machine.mm.pages
+    for hva, content in ((HVA + A, OLD), (FILE, _PRIVATE)):
         pages[hva].set(content)
         pages[hva].map()
     machine.vcpu(*_SCRIPT)
@@ -87,7 +82,7 @@ def _check(machine: Machine) -> Callable[[], None]:
         gprs, pages = machine.cpus[0].named_gprs(), machine.mm.pages
         found = (
             *(gprs[name].to_bytes(4, "little") for name in ("rax", "rbx")),
-            bytes((pages[_FILE].cached or bytes(4))[:4]),
+            bytes((pages[FILE].cached or bytes(4))[:4]),
         )
         if not machine.stopped(0) and found not in _ALLOWED:
             text = "loaded {!r} and {!r}, private memory holds {!r}".format(*found)
@@ -97,10 +92,6 @@ def _check(machine: Machine) -> Callable[[], None]:
     return check
 
 
-def _applies(dialect: Dialect) -> str | None:
-    return None if dialect.guest_memfd_flags is not None else "it has no private memory here"
-
-
 _SOURCE = "arch/x86/kvm/mmu/mmu.c, kvm_mmu_faultin_pfn(); virt/kvm/kvm_main.c"
 
 ANSWERED = Scenario(
@@ -108,12 +99,12 @@ ANSWERED = Scenario(
     title="a page is made private while a vCPU uses it; the VMM runs the vCPU again",
     source=_SOURCE,
     build=lambda dialect: _build(dialect, obeys=False),
-    applies=_applies,
+    applies=applies,
 )
 OBEYED = Scenario(
     name="conversion-obeyed",
     title="the same, and the VMM makes the page what the exit says that the access wanted",
     source=_SOURCE,
     build=lambda dialect: _build(dialect, obeys=True),
-    applies=_applies,
+    applies=applies,
 )

@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 
 from guestfault.dialect.record import Dialect
-from guestfault.explore.model_gmem import ModelGmemFiles
 from guestfault.explore.scenario import Scenario
-from guestfault.explore.scenarios.layout import OLD, PAGES, A, B
+from guestfault.explore.scenarios.layout import OLD, A, B
+from guestfault.explore.scenarios.private_page import FILE, applies, with_private_page
 from guestfault.explore.scripted_cpu import cli, load, outb
 from guestfault.explore.userspace import Userspace
 from guestfault.explore.world import END_PORT, HVA, Machine
@@ -23,21 +23,15 @@ from guestfault.uapi import kvm as uapi
 __all__ = ["SCENARIO"]
 
 _SCRIPT = load("rax", A), cli(), load("rbx", B), outb(END_PORT)
-_FILE = HVA + PAGES * PAGE_SIZE
 
 
 def _build(dialect: Dialect) -> Machine:
-    machine = Machine(dialect, PAGES + 1, vm_type=uapi.KVM_X86_SW_PROTECTED_VM)
+    machine = with_private_page(dialect, irqchip=True)
     vm, pages = machine.vm, machine.mm.pages
-    machine.kvm.gmem_files = ModelGmemFiles(machine.mm, _FILE)
-    vm.create_irqchip()
-    machine.slot(0, 0, 2, HVA)
-    file = vm.create_guest_memfd(PAGE_SIZE)
-    vm.set_user_memory_region2(1, A, PAGE_SIZE, HVA + A, uapi.KVM_MEM_GUEST_MEMFD, file)
     machine.slot(2, B, 1, HVA + B)
     pages[HVA + A].set(OLD)
     pages[HVA + A].may_fail = 1  # for the question whether to wait
-    pages[_FILE].map()
+    pages[FILE].map()
     pages[HVA + B].error = errno.EFAULT
     machine.vcpu(*_SCRIPT)
     machine.prefault()
@@ -50,14 +44,10 @@ def _build(dialect: Dialect) -> Machine:
     return machine
 
 
-def _applies(dialect: Dialect) -> str | None:
-    return None if dialect.guest_memfd_flags is not None else "it has no private memory here"
-
-
 SCENARIO = Scenario(
     name="conversion-async",
     title="a page is made private while a worker waits for it, then one fails that is lost",
     source="arch/x86/kvm/mmu/mmu.c, kvm_arch_async_page_ready(), kvm_mmu_faultin_pfn()",
     build=_build,
-    applies=_applies,
+    applies=applies,
 )
