@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 import guestfault
-from guestfault.guest.layout import Mode as GuestMode
 from guestfault.guest.recorded import load_recorded
-from guestfault.guest.snapshot import Snapshot, build, load
-from guestfault.guest.walk import Walk
+from guestfault.guest.snapshot import Snapshot, load
 
 MAIN = "import sys; from guestfault.cli.main import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "run", "--kvm", "soft"]
@@ -36,12 +34,6 @@ def complaint(*words: object) -> str:
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     return line.removeprefix("guestfault: ")
-
-
-@pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    path = tmp_path_factory.mktemp("snapshot") / "guest"
-    return build(path, 1 << 20, GuestMode.LONG_CPL3, Walk.RANDOM, vcpus=2)
 
 
 @pytest.fixture(scope="module")

@@ -52,12 +52,6 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return line.removeprefix("guestfault: ")
 
 
-@pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    path = tmp_path_factory.mktemp("snapshot") / "guest"
-    return build(path, 1 << 20, GuestMode.LONG_CPL3, Walk.RANDOM, vcpus=2)
-
-
 @pytest.fixture
 def copy(taken: Snapshot, tmp_path: Path) -> Path:
     """A snapshot to spoil."""

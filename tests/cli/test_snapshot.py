@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 import guestfault
-from guestfault.guest.layout import Mode
-from guestfault.guest.snapshot import Snapshot, build
-from guestfault.guest.walk import Walk
+from guestfault.guest.snapshot import Snapshot
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,12 +31,6 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     assert (done.returncode, done.stdout) == (2, ""), done
     [line] = done.stderr.splitlines()
     return line.removeprefix("guestfault: ")
-
-
-@pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    path = tmp_path_factory.mktemp("snapshot") / "guest"
-    return build(path, 1 << 20, Mode.LONG_CPL3, Walk.RANDOM, vcpus=2)
 
 
 @pytest.fixture(scope="module")

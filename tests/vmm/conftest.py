@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,3 +128,19 @@ def traced(tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch) -> Tracefs:
         pytest.skip(str(error))
     monkeypatch.setattr(Tracefs, "find", lambda: tracefs)
     return tracefs
+
+
+@pytest.fixture
+def stopped_at_once() -> Callable[[Session, float], None]:
+    """``stopped_at_once(session, seconds)``: run it, and stop it after so long; it ends then."""
+
+    def look(session: Session, seconds: float) -> None:
+        timer = threading.Timer(seconds, session.stop)
+        timer.start()
+        began = time.monotonic()
+        assert not session.run()
+        assert time.monotonic() - began < 1.5
+        timer.join()
+        assert session.failure is None
+
+    return look

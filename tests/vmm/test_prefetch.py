@@ -261,7 +261,9 @@ def test_a_server_that_is_killed_and_comes_back(open_system, serve, snapshot, kv
 
 
 @pytest.mark.parametrize(("kvm", "mode"), RUNS)
-def test_stop_ends_it_at_once_and_it_goes_on_after(open_system, serve, snapshot, kvm, mode) -> None:
+def test_stop_ends_it_at_once_and_it_goes_on_after(
+    open_system, serve, snapshot, stopped_at_once, kvm, mode
+) -> None:
     taken = snapshot(MIB, walk=Walk.RANDOM, vcpus=2)
     server = serve("http", taken.memory_path)
     source = ResilientSource(HttpSource(server.url, 600), Patience(FOREVER))
@@ -270,13 +272,7 @@ def test_stop_ends_it_at_once_and_it_goes_on_after(open_system, serve, snapshot,
         with Session(open_system(kvm, mode), taken, source, mode, ahead=plan) as session:
             server.be("stall")
             for _ in range(2):
-                timer = threading.Timer(0.2, session.stop)
-                timer.start()
-                began = time.monotonic()
-                assert not session.run()
-                assert time.monotonic() - began < 1.5
-                timer.join()
-                assert session.failure is None
+                stopped_at_once(session, 0.2)
                 assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
             server.be("good")
             finished(session)

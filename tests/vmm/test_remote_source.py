@@ -207,20 +207,14 @@ def test_the_reads_of_four_vcpus_overlap(open_system, serve, taken, page_source,
 @pytest.mark.parametrize(("kvm", "mode"), RUNS)
 @pytest.mark.parametrize("kind", ["http", "nbd"])
 def test_stop_ends_the_wait_for_a_server_that_hangs(
-    open_system, serve, taken, page_source, kvm, mode, kind
+    open_system, serve, taken, page_source, stopped_at_once, kvm, mode, kind
 ) -> None:
     server = serve(kind, taken.memory_path)
     source = page_source(kind, server.url, QUICK, timeout=600)
     with Session(open_system(kvm, mode), taken, source, mode) as session:
         for _ in range(2):
             server.be("stall")
-            timer = threading.Timer(0.3, session.stop)
-            timer.start()
-            began = time.monotonic()
-            assert not session.run()
-            assert time.monotonic() - began < 1.5
-            timer.join()
-            assert session.failure is None
+            stopped_at_once(session, 0.3)
         server.be("good")
         assert session.run(), session.failure
         assert_right(session)
